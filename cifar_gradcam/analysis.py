@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from matplotlib.ticker import MaxNLocator
 
 from .data import ImageSet, Table, show_images
-from .gradcam import CAMResult, GradCAM, colorize, overlay
+from .gradcam import CAMResult, GradCAM, find_layer, overlay
 from .model import ModelInfo
 from .training import History, predict
 from .transforms import test_transforms
@@ -93,9 +93,9 @@ def plot_class_accuracy(p:Predictions # Of a data set
     "The accuracy of every class as bars, with the mean as a line"
     fig,ax = plt.subplots(figsize=(6.4,2.6), layout='constrained')
     bars = ax.bar(p.data.classes, p.class_accuracy, color='tab:blue')
-    ax.bar_label(bars, fmt='%.0f', fontsize=8)
+    ax.bar_label(bars, fmt='%.0f', fontsize=8, padding=-13, color='white')
     ax.axhline(p.accuracy, color='tab:red', lw=1, label=f'all: {p.accuracy:.2f} %')
-    ax.set(ylim=(0,112), ylabel='accuracy, %', title=f'{p.data.name} {p.data.split}: accuracy of each class')
+    ax.set(ylim=(0,100), ylabel='accuracy, %', title=f'{p.data.name} {p.data.split}: accuracy of each class')
     ax.tick_params(axis='x', labelsize=8)
     ax.legend(loc='lower right', fontsize=8)
     return fig
@@ -153,7 +153,7 @@ def plot_accuracy(history:History # Of a run, finished or under way
     for e in history.epochs: ax.annotate(f"{e['size']} px", (e['epoch'],0), (0,3), 'data', 'offset points', ha='center', fontsize=7, color='gray')
     ax.set(ylim=(0,100), ylabel='accuracy, %', title=f"{history.dataset}, recipe '{history.recipe.get('name')}'")
     _epoch_axis(ax)
-    ax.legend(fontsize=8); ax.grid(alpha=.3)
+    ax.legend(fontsize=8, loc='lower right', bbox_to_anchor=(1,.08)); ax.grid(alpha=.3)
     return fig
 
 # %% ../nbs/05_analysis.ipynb #e0ad6d46
@@ -171,9 +171,9 @@ def live_curves(): # A function of the `History`, for `fit(callback=...)`
 
 # %% ../nbs/05_analysis.ipynb #386962d4
 def _choose(p, idx, n): # the images to draw: those asked for, else the first n mistakes
-    idx = p.mistakes[:n] if idx is None else np.asarray(idx)
-    if len(idx) == 0: raise ValueError("there is no mistake to show: all predictions are right")
-    return idx
+    if idx is not None: return np.asarray(idx) # show_images refuses an empty one
+    if not len(p.mistakes): raise ValueError("there is no mistake to show: all predictions are right")
+    return p.mistakes[:n]
 
 def _titles(p, idx):
     return [[(p.data.classes[p.predicted[i]],'tab:red'), (p.data.classes[p.data.labels[i]],'tab:blue')] for i in idx]
@@ -211,7 +211,7 @@ def plot_mistakes_cam(model, # The model that made the predictions
     idx = _choose(p, idx, n)
     maps = explain(model, p.data.images[idx], info, p.predicted[idx], layer).heatmaps.cpu().numpy()
     return show_images([overlay(i,m,alpha) for i,m in zip(p.data.images[idx], maps)], _titles(p, idx),
-                       suptitle=f'{p.data.name} {p.data.split}: Grad-CAM at {layer} for the predicted class (red: predicted, blue: actual)')
+                       suptitle=f'{p.data.name} {p.data.split}: Grad-CAM at {find_layer(model,layer)[0]} for the predicted class (red: predicted, blue: actual)')
 
 def plot_mistakes_heatmaps(model, # The model that made the predictions
                            p:Predictions, # Of a data set
@@ -224,7 +224,7 @@ def plot_mistakes_heatmaps(model, # The model that made the predictions
     idx = _choose(p, idx, n)
     maps = explain(model, p.data.images[idx], info, p.predicted[idx], layer).heatmaps.cpu().numpy()
     return show_images(maps, _titles(p, idx), cmap='turbo', vmin=0, vmax=1, colorbar='share of the map\'s maximum',
-                       suptitle=f'{p.data.name} {p.data.split}: Grad-CAM heat maps at {layer} for the predicted class')
+                       suptitle=f'{p.data.name} {p.data.split}: Grad-CAM heat maps at {find_layer(model,layer)[0]} for the predicted class')
 
 # %% ../nbs/05_analysis.ipynb #d3ff2917
 def plot_mistakes_pairs(model, # The model that made the predictions

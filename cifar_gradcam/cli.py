@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from . import __version__
 from .analysis import (class_table, explain, plot_accuracy, plot_class_accuracy, plot_confusion, plot_curves, plot_mistakes,
                                     plot_mistakes_cam, plot_mistakes_heatmaps, plot_mistakes_pairs, predictions, print_class_accuracy)
 from .data import cifar10, load_data, shapes
@@ -29,7 +30,7 @@ from .transforms import gallery
 # %% ../nbs/06_cli.ipynb #d2c6f033
 def versions()->dict:
     "The versions of what a result depends on"
-    return dict(python=platform.python_version(), **{k: version(k) for k in ('cifar_gradcam','torch','torchvision','albumentations','numpy')})
+    return dict(python=platform.python_version(), cifar_gradcam=__version__, **{k: version(k) for k in ('torch','torchvision','albumentations','numpy')})
 
 def write_figures(folder, # Where to, made if need be
                   trainer, # A finished `Trainer`
@@ -53,7 +54,8 @@ def write_figures(folder, # Where to, made if need be
 
 def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
         recipe:Recipe|None=None, # How to train; None: 'shapes' for Shapes, 'fast' for CIFAR-10
-        folder=None, # Where everything goes; None: runs/<data set>-<recipe>
+        seed:int|None=None, # Another seed than the recipe's
+        folder=None, # Where everything goes; None: runs/<data set>-<recipe>, and the seed where one is given
         root=None, # Folder of CIFAR-10; see `data_root`
         **kwargs # `device`, `amp`, `n_workers`, `save_every`: see `training.Trainer`
        )->dict: # What metrics.json holds
@@ -61,7 +63,9 @@ def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
     train,test,line = load_data(dataset, root)
     print(line, flush=True)
     recipe = recipe or RECIPES['shapes' if train.name=='Shapes' else 'fast']
-    folder = Path(folder or Path('runs')/f"{'shapes' if train.name=='Shapes' else 'cifar10'}-{recipe.name}")
+    name = f"{'shapes' if train.name=='Shapes' else 'cifar10'}-{recipe.name}" + ('' if seed is None else f'-seed{seed}')
+    if seed is not None: recipe = replace(recipe, seed=seed)
+    folder = Path(folder or Path('runs')/name)
     print(f"recipe '{recipe.name}': {len(recipe.sizes)} epochs, {recipe.pflop(len(train), len(train.classes)):.3f} PFLOP; everything goes to '{folder}'", flush=True)
     t = fit(recipe, train, test, folder, **kwargs)
     p = predictions(t.model, test, t.info)
@@ -101,9 +105,15 @@ def read_image(path # An image file, in any format that Pillow reads
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no such image: '{path}'")
     try:
-        with Image.open(path) as im: return np.array(ImageOps.exif_transpose(im).convert('RGB'))
+        with Image.open(path) as im:
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im)>>8).astype(np.uint8)) # convert() would cut off at 255
+            if im.has_transparency_data: # what is transparent is shown on white
+                im = im.convert('RGBA')
+                im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+            return np.array(im.convert('RGB'))
     except UnidentifiedImageError as e: raise ValueError(f"'{path}' is not an image that Pillow can read") from e
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"'{path}' is a damaged image ({e})") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f"'{path}' is a damaged image ({e})") from e
 
 def plot_explanation(picture, # uint8 (H, W, 3)
                      result, # `CAMResult` of one image
@@ -150,7 +160,8 @@ def explain_images(path, # File that `save_model` wrote
         prob = r.logits[0].softmax(0)
         top = ', '.join(f'{info.classes[i]} {100*prob[i]:.1f} %' for i in prob.argsort(descending=True)[:3].tolist())
         fig = plot_explanation(picture, r, info.classes, f'{f.name}: {info.classes[int(prob.argmax())]} ({info.dataset} model)')
-        files.append(out/f'{f.stem}_cam.png')
+        same = sum(g.stem == f.stem for g,_ in pictures[:len(files)]) # cat.jpg after cat.png
+        files.append(out/(f'{f.stem}_cam.png' if not same else f'{f.stem}_cam{same+1}.png'))
         fig.savefig(files[-1], dpi=150)
         plt.close(fig)
         note = '' if r.status[0]=='ok' else f' (the map is {r.status[0]})'
@@ -160,7 +171,7 @@ def explain_images(path, # File that `save_model` wrote
 # %% ../nbs/06_cli.ipynb #a3523940
 def _parser():
     p = argparse.ArgumentParser('cifar-gradcam', description='Train a ResNet-18 on CIFAR-10 and see why it decides what it decides.')
-    p.add_argument('--version', action='version', version=f"cifar_gradcam {version('cifar_gradcam')}")
+    p.add_argument('--version', action='version', version=f'cifar_gradcam {__version__}')
     sub = p.add_subparsers(dest='command', required=True)
     def command(name, help):
         c = sub.add_parser(name, help=help, description=help)
@@ -169,7 +180,7 @@ def _parser():
     c = command('run', 'Train, evaluate and explain; write model, history, metrics and figures into one folder.')
     c.add_argument('--dataset', default='auto', choices=('auto','cifar10','shapes'), help='auto: CIFAR-10 if it is there or can be downloaded, else Shapes')
     c.add_argument('--recipe', choices=list(RECIPES), help="how to train (default: 'fast' for CIFAR-10, 'shapes' for Shapes)")
-    c.add_argument('--folder', help='where everything goes; a run found there goes on (default: runs/<data set>-<recipe>)')
+    c.add_argument('--folder', help='where everything goes; a run found there goes on (default: runs/<data set>-<recipe>[-seed<seed>])')
     c.add_argument('--data', metavar='FOLDER', help='folder that holds cifar-10-batches-py (default: $CIFAR_GRADCAM_DATA, else the cache)')
     c.add_argument('--seed', type=int, help="another seed than the recipe's")
     c.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
@@ -196,11 +207,7 @@ def main(argv=None # Arguments; None: those of the command line
         if args.command == 'run':
             matplotlib.use('agg')
             recipe = RECIPES[args.recipe] if args.recipe else None
-            if args.seed is not None:
-                # the recipe follows from the data, unless it was named
-                named = args.recipe or ('shapes' if load_data(args.dataset, args.data)[0].name=='Shapes' else 'fast')
-                recipe = replace(RECIPES[named], seed=args.seed)
-            run(args.dataset, recipe, args.folder, args.data, device=args.device, amp=args.amp, n_workers=args.workers)
+            run(args.dataset, recipe, args.seed, args.folder, args.data, device=args.device, amp=args.amp, n_workers=args.workers)
         elif args.command == 'evaluate': evaluate_model(args.model, args.dataset, args.data)
         elif args.command == 'explain':
             matplotlib.use('agg')
@@ -208,9 +215,9 @@ def main(argv=None # Arguments; None: those of the command line
         else:
             for path in update(): print(f'updated {path}')
     except KeyboardInterrupt:
-        print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+        print('\ninterrupted' + ('; the same command goes on from the last checkpoint' if args.command=='run' else ''), file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, FloatingPointError) as e:
+    except (OSError, ValueError, TypeError, FloatingPointError, torch.OutOfMemoryError) as e:
         if args.debug: raise
         print(f"cifar-gradcam: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

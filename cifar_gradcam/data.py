@@ -7,7 +7,7 @@ __all__ = ['CIFAR10_CLASSES', 'SHAPE_CLASSES', 'ImageSet', 'holdout', 'show_imag
            'coverage', 'draw_shape', 'shapes', 'load_data', 'reseed', 'Batches', 'loader']
 
 # %% ../nbs/00_data.ipynb #8a81290a
-import html, math, os, socket
+import hashlib, html, http.client, math, os, socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fastcore.xdg import xdg_cache_home
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import calculate_md5
+from torchvision.datasets.utils import calculate_md5, download_and_extract_archive
 
 # %% ../nbs/00_data.ipynb #6d9b1741
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,10 @@ class ImageSet:
     def __repr__(self):
         h,w = self.images.shape[1:3]
         return f"{self.name} {self.split}: {len(self):,} images of {h} x {w}, {len(self.classes)} classes"
+
+    @property
+    def fingerprint(self)->str: # The same for the same images and labels, and for no others
+        return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16] + hashlib.sha256(np.ascontiguousarray(self.labels)).hexdigest()[:16]
 
     def subset(self,
                idx # What to keep: a slice, indices or a boolean mask
@@ -79,9 +83,9 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
     lines = max(map(len, titles))
     ncols = min(ncols, len(images))
     nrows = math.ceil(len(images)/ncols)
-    height = nrows*(cell + .16*lines + .08) + (.4 if suptitle else 0)
+    height = nrows*(cell + .16*lines + .1) + .04 + (.4 if suptitle else 0)
     fig,axs = plt.subplots(nrows, ncols, figsize=(ncols*(cell+.08) + (.7 if colorbar else 0), height), squeeze=False, layout='constrained')
-    fig.get_layout_engine().set(w_pad=.02, h_pad=.03, wspace=.02, hspace=.02)
+    fig.get_layout_engine().set(w_pad=.03, h_pad=.05, wspace=.02, hspace=.02)
     for ax in axs.flat: ax.axis('off')
     for ax,image,title in zip(axs.flat, images, titles):
         drawn = ax.imshow(image, interpolation='nearest', **kwargs)
@@ -140,8 +144,8 @@ def _download_cifar10(root):
     socket.setdefaulttimeout(30) # without it a silent network hangs for ever
     try:
         root.mkdir(parents=True, exist_ok=True)
-        CIFAR10(root, download=True)
-    except (OSError, RuntimeError) as e:
+        download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+    except (OSError, RuntimeError, http.client.HTTPException) as e:
         raise ConnectionError(f"CIFAR-10 is not in '{root}' and could not be downloaded ({e}). Put cifar-10-batches-py there, "
                               "or name the folder that holds it in CIFAR_GRADCAM_DATA") from e
     finally: socket.setdefaulttimeout(before)
@@ -211,12 +215,13 @@ def coverage(name:str, # One of `SHAPE_CLASSES`
 
 # %% ../nbs/00_data.ipynb #d65ca802
 def _background(rng, size): # float32 (size, size, 3), values 0..255
-    cloud = cv2.resize(rng.uniform(0, 255, (4,4,3)).astype(np.float32), (size,size), interpolation=cv2.INTER_CUBIC)
-    for _ in range(rng.integers(4, 9)):
+    coarse = rng.uniform(0, 255, 3) + rng.normal(0, 35, (4,4,3))
+    cloud = cv2.resize(coarse.astype(np.float32), (size,size), interpolation=cv2.INTER_CUBIC)
+    for _ in range(rng.integers(3, 7)):
         a,b = rng.integers(-4, size+4, (2,2)).tolist()
         color = rng.uniform(0, 255, 3).tolist()
-        if rng.random() < .6: cv2.line(cloud, a, b, color, int(rng.integers(1,3)))
-        else: cv2.circle(cloud, a, int(rng.integers(1,4)), color, -1)
+        if rng.random() < .6: cv2.line(cloud, a, b, color, 1)
+        else: cv2.circle(cloud, a, int(rng.integers(1,3)), color, -1)
     return cloud
 
 def draw_shape(name:str, # One of `SHAPE_CLASSES`
@@ -225,8 +230,8 @@ def draw_shape(name:str, # One of `SHAPE_CLASSES`
               ): # The image, uint8 (size, size, 3), and its mask, bool (size, size)
     "Draw one image of Shapes"
     image = _background(rng, size)
-    radius = rng.uniform(.22, .38)*size
-    cov = coverage(name, rng.uniform(radius, size-radius, 2), radius, rng.uniform(0, 2*np.pi), size)
+    radius = rng.uniform(.28, .42)*size
+    cov = coverage(name, rng.uniform(radius, size-radius, 2), radius, rng.uniform(-.6, .6), size)
     under = (image*cov[...,None]).sum((0,1))/cov.sum()
     palette = rng.uniform(0, 255, (8,3))
     color = palette[np.linalg.norm(palette-under, axis=1).argmax()]
@@ -235,13 +240,13 @@ def draw_shape(name:str, # One of `SHAPE_CLASSES`
 
 # %% ../nbs/00_data.ipynb #f2c70cc7
 def shapes(split:str, # 'train' or 'test'
-           n:int|None=None, # How many images; None: 8,000 for 'train', 2,000 for 'test'
+           n:int|None=None, # How many images; None: 6,000 for 'train', 2,000 for 'test'
            seed:int=0, # Another seed draws another data set
            size:int=32, # Side of an image, pixels
           )->ImageSet:
     "The Shapes data set, with the mask of every object. The classes take turns, so all are equally frequent"
     if split not in ('train','test'): raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    if n is None: n = 8000 if split=='train' else 2000
+    if n is None: n = 6000 if split=='train' else 2000
     if n < 1: raise ValueError(f"n must be at least 1, got {n}")
     labels = np.arange(n)%len(SHAPE_CLASSES)
     drawn = [draw_shape(SHAPE_CLASSES[y], np.random.default_rng((seed, split=='test', i)), size) for i,y in enumerate(labels)]

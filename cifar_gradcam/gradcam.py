@@ -23,7 +23,7 @@ def find_layer(model:nn.Module, # Where to look
                layer, # A module of `model`, or its dotted name, e.g. 'layer4' or 'layer4.1.conv2'
               ): # Its dotted name, and the module
     "The layer of `model` that is meant. Raises `ValueError`, with close names, if there is none"
-    names = {name: m for name,m in model.named_modules() if name}
+    names = {name: m for name,m in model.named_modules(remove_duplicate=False) if name}
     if isinstance(layer, nn.Module):
         for name,m in names.items():
             if m is layer: return name,m
@@ -79,14 +79,16 @@ def layer_gradients(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                    ): # Activations (N, K, h, w), gradients (N, K, h, w), logits (N, n_classes), classes (N,)
     "The output of `layer`, and the gradient by it of the chosen logits; one forward pass, and a backward pass as far as the layer"
     name,module = find_layer(model, layer)
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError('the model was made inside torch.inference_mode, so no gradient can pass through it; make or load it outside')
     seen = []
     def keep(module, args, out):
         if not (isinstance(out, torch.Tensor) and out.ndim == 4):
             got = f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
             raise ValueError(f"layer {name!r} puts out {got}; a map needs (N, K, h, w), so take a convolutional layer before it")
         torch.set_grad_enabled(True) # from here on a graph is needed; up to here none was
-        seen.append(out.detach().requires_grad_())
-        return seen[-1].clone()      # what comes next may write into the copy
+        seen.append(out.detach().clone().requires_grad_()) # a copy: a layer may hand on its own input, which others write into
+        return seen[-1].clone()      # and another one: what comes next may write into it
     handle = module.register_forward_hook(keep)
     try:
         with eval_mode(model), torch.inference_mode(False), torch.no_grad():
@@ -95,11 +97,16 @@ def layer_gradients(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
             if not seen: raise ValueError(f"layer {name!r} does not take part in the forward pass")
             if len(seen) > 1: raise ValueError(f"layer {name!r} runs {len(seen)} times in one forward pass, so it has {len(seen)} maps; "
                                                "take a module that runs once, such as the block around it")
-            if logits.ndim != 2: raise ValueError(f"the model must put out logits (N, n_classes), got shape {tuple(logits.shape)}")
-            classes = choose(logits.detach())
+            if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+                got = f'shape {tuple(logits.shape)}' if isinstance(logits, torch.Tensor) else type(logits).__name__
+                raise ValueError(f"the model must put out logits (N, n_classes), got {got}")
+            classes = choose(logits.detach()).clone() # the user's may be a tensor of inference mode
+            if not logits.requires_grad: raise ValueError(f"the logits do not depend on layer {name!r}")
             score = logits.gather(1, classes[:,None]).sum() # images do not mix in eval mode: one pass serves them all
             grads, = torch.autograd.grad(score, seen[0])
-    finally: handle.remove()
+    finally:
+        handle.remove()
+        torch.clear_autocast_cache() # weights cast here, without gradients, must not serve a training step after us
     return seen[0].detach(), grads, logits.detach(), classes
 
 # %% ../nbs/04_gradcam.ipynb #fa5a7f29
@@ -154,11 +161,12 @@ def colorize(heatmap:np.ndarray, # (..., H, W) in [0, 1]
     return matplotlib.colormaps[cmap](np.asarray(heatmap), bytes=True)[...,:3]
 
 def overlay(image:np.ndarray, # uint8 (H, W, 3), of any size
-            heatmap, # (h, w) in [0, 1]; enlarged to the image where it is smaller
+            heatmap, # (h, w) in [0, 1], array or tensor; resized to the image where its size differs
             alpha:float=.3, # Share of the heat map, 0..1
             cmap:str='turbo', # Name of a matplotlib colour map
            )->np.ndarray: # uint8 (H, W, 3)
     "The heat map's colours mixed into the image; the image keeps its brightness"
+    if isinstance(heatmap, torch.Tensor): heatmap = heatmap.detach().cpu()
     image,heatmap = np.asarray(image),np.asarray(heatmap, dtype=np.float32)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if heatmap.ndim != 2: raise ValueError(f"heatmap must be (H, W), got {heatmap.shape}")

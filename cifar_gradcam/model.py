@@ -142,8 +142,8 @@ def write_atomically(path, # Where to
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/02_model.ipynb #00b3f3d4
-def _digest(tensors): # SHA-256 over names, types, shapes and bytes
-    h = hashlib.sha256()
+def _digest(tensors, info): # SHA-256 over the info, and the tensors' names, types, shapes and bytes
+    h = hashlib.sha256(info.encode())
     for k,t in sorted(tensors.items()):
         h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
         h.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -155,7 +155,7 @@ def save_model(model:nn.Module, # A `resnet18`
               ):
     "Save weights and what has to be known beside them, as safetensors, in one step"
     tensors = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    meta = dict(format='cifar_gradcam 1', info=info.to_json(), sha256=_digest(tensors))
+    meta = dict(format='cifar_gradcam 1', info=info.to_json(), sha256=_digest(tensors, info.to_json()))
     write_atomically(path, save(tensors, meta))
 
 # %% ../nbs/02_model.ipynb #fecf1428
@@ -171,13 +171,14 @@ def load_model(path, # File that `save_model` wrote
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
         with path.open('rb') as f: head = f.read(2)
-        if head == b'PK' or head[:1] == b'\x80': # the first bytes of a zip (torch.save) and of a bare pickle
+        if head == b'PK' or head[:1] == b'\x80' and head[1:] in (b'\2', b'\3', b'\4', b'\5'): # the first bytes of a zip (torch.save) and of a bare pickle
             raise ValueError(f"'{path}' is a pickle (a file of torch.save?), which can run any code when it is opened, so it was not. "
                              "Where you trust it, load it yourself and convert it with save_model") from e
         raise ValueError(f"'{path}' is cut short, damaged or no safetensors file ({e})") from e
     if meta.get('format') != 'cifar_gradcam 1':
         raise ValueError(f"'{path}' was not written by save_model: its metadata lacks format = 'cifar_gradcam 1'")
-    if _digest(tensors) != meta['sha256']: raise ValueError(f"'{path}' is damaged: its weights are not those that were saved (SHA-256)")
+    if _digest(tensors, meta.get('info','')) != meta.get('sha256'):
+        raise ValueError(f"'{path}' is damaged: it does not hold what was saved (SHA-256)")
     info = ModelInfo.from_json(meta['info'])
     model = resnet18(len(info.classes))
     try: model.load_state_dict(tensors)

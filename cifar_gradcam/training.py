@@ -7,10 +7,9 @@ __all__ = ['RECIPES', 'Recipe', 'pick_device', 'amp_dtype', 'progress_bar', 'pre
 
 # %% ../nbs/03_training.ipynb #0b9d9de1
 import io, json, math, sys, time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -25,7 +24,7 @@ from .transforms import channel_stats, test_transforms, train_transforms
 # %% ../nbs/03_training.ipynb #a17542cb
 @dataclass(frozen=True)
 class Recipe:
-    "How to train: all that decides the outcome of a run, apart from the data"
+    "How to train: all that decides the outcome of a run, apart from the data and the machine"
     name:str # What to call it
     sizes:tuple # Side of the images in each epoch, pixels; its length is the number of epochs
     lr:float # Peak learning rate, over 0
@@ -41,6 +40,7 @@ class Recipe:
     seed:int = 0 # Of the initial weights, the order of the images and the augmentations, at least 0
 
     def __post_init__(self):
+        if isinstance(self.augmentations, str): raise TypeError(f"augmentations is a sequence of names; for one only write [{self.augmentations!r}]")
         for f in ('sizes','augmentations'): object.__setattr__(self, f, tuple(getattr(self, f))) # JSON makes lists of them
         def need(ok, name, what):
             if not ok: raise ValueError(f"recipe {self.name!r}: {name} must be {what}, got {getattr(self,name)!r}")
@@ -58,7 +58,7 @@ RECIPES = {r.name: r for r in (
     Recipe('seed', sizes=(32,)*15, lr=.01, schedule='constant', nesterov=False, weight_decay=1e-5, decay_norm=True,
            augmentations=('HorizontalFlip',)),
     Recipe('fast', sizes=(16,16,24,24,24,32,32), lr=.2, label_smoothing=.1),
-    Recipe('shapes', sizes=(16,16,16,32), lr=.1, batch_size=64, augmentations=('HorizontalFlip',)),
+    Recipe('shapes', sizes=(16,24,32), lr=.05, batch_size=32, augmentations=('HorizontalFlip',)),
 )}
 
 # %% ../nbs/03_training.ipynb #a6fd9d64
@@ -93,10 +93,13 @@ def lr_at(self:Recipe,
     return self.lr*(n_steps-step)/(n_steps-up+1)
 
 # %% ../nbs/03_training.ipynb #eb1e2796
-def pick_device()->torch.device: # CUDA if there is one, else MPS, else the CPU
-    "The best device of this machine"
-    if torch.cuda.is_available(): return torch.device('cuda')
-    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+def pick_device(device=None # 'cpu', 'cuda', 'cuda:1', 'mps', ...; None: CUDA if there is one, else MPS, else the CPU
+               )->torch.device:
+    "The device to use. Raises `ValueError` if it is not there"
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try: return torch.zeros(1, device=device or best).device
+    except (RuntimeError, AssertionError) as e: # torch raises either, depending on how it was built
+        raise ValueError(f"device {str(device)!r} cannot be used here ({str(e).splitlines()[0]}); {best!r} can") from e
 
 def amp_dtype(device # Device to train on
              ): # bfloat16, float16, or None where 32 bits are the better choice
@@ -112,8 +115,9 @@ def amp_dtype(device # Device to train on
 def progress_bar(items, # What to go through
                  desc:str, # What to write in front
                  **kwargs): # More for `tqdm`
-    "A bar on a terminal and in a notebook, nothing in a log file"
-    return tqdm(items, desc=desc, leave=False, disable=not (IN_NOTEBOOK or sys.stderr.isatty()), dynamic_ncols=True, **kwargs)
+    "A bar on a terminal and in a notebook, nothing in a log file; TQDM_DISABLE=1 in the environment turns it off everywhere"
+    if not (IN_NOTEBOOK or sys.stderr.isatty()): kwargs['disable'] = True
+    return tqdm(items, desc=desc, leave=False, dynamic_ncols=True, **kwargs)
 
 def predict(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
             data:ImageSet, # What to predict
@@ -134,7 +138,7 @@ def evaluate(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
             ): # Mean cross-entropy (nats), accuracy (%)
     "Loss and accuracy on a data set, no test-time augmentation"
     logits,y = predict(model, data, info, batch_size),torch.from_numpy(data.labels)
-    return F.cross_entropy(logits, y).item(), 100*(logits.argmax(1)==y).float().mean().item()
+    return F.cross_entropy(logits, y).item(), 100*(logits.argmax(1)==y).double().mean().item()
 
 # %% ../nbs/03_training.ipynb #d921898e
 @dataclass
@@ -178,12 +182,12 @@ class Trainer:
                  save_every:float=60.): # Seconds between checkpoints within an epoch
         self.recipe,self.train,self.test,self.n_workers,self.save_every = recipe,train,test,n_workers,save_every
         self.folder = None if folder is None else Path(folder)
-        self.device = torch.device(device) if device else pick_device()
+        self.device = pick_device(device)
         self.dtype = (amp_dtype(self.device) or torch.bfloat16 if amp else None) if amp is not None else amp_dtype(self.device)
         self.steps_per_epoch = recipe.steps_per_epoch(len(train))
         self.mean,self.std = [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]
         with torch.random.fork_rng(devices=[]): # the caller's random state is not ours to move
-            torch.manual_seed(recipe.seed)
+            torch.default_generator.manual_seed(recipe.seed)
             self.model = resnet18(len(train.classes))
         self.model = self.model.to(self.device, memory_format=torch.channels_last)
         self.flop = {s: count_flop(self.model, s, backward=True) for s in set(recipe.sizes)}
@@ -200,6 +204,13 @@ class Trainer:
         groups = [dict(params=[p for p in self.model.parameters() if p.ndim > 1], weight_decay=r.weight_decay),
                   dict(params=vectors, weight_decay=r.weight_decay*r.decay_norm)]
         return torch.optim.SGD(groups, r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=self.device.type in ('cpu','cuda'))
+
+    @property
+    def checkpoint(self): return self.folder/'checkpoint.pt'
+
+    def _kept(self): # what is left to go back to, for error messages
+        if self.folder is None or not self.checkpoint.exists(): return 'no checkpoint was kept yet'
+        return f"the last good checkpoint is '{self.checkpoint}'"
 
     @property
     def finished(self): return self.epoch == len(self.recipe.sizes)
@@ -225,9 +236,8 @@ def step(self:Trainer,
     loss = F.cross_entropy(logits.float(), y, label_smoothing=r.label_smoothing)
     value = loss.item()
     if not math.isfinite(value):
-        kept = f"the last good checkpoint is in '{self.folder}'" if self.folder else "no checkpoint was kept (no folder)"
         raise FloatingPointError(f"the loss is {value} at step {n} (epoch {self.epoch+1}, batch {self.batch}, learning rate "
-                                 f"{g['lr']:.4g}); {kept}. Try a lower learning rate")
+                                 f"{g['lr']:.4g}); {self._kept()}. Try a lower learning rate")
     self.optimizer.zero_grad()
     self.scaler.scale(loss).backward()
     self.scaler.step(self.optimizer)
@@ -238,16 +248,12 @@ def step(self:Trainer,
     return value
 
 # %% ../nbs/03_training.ipynb #ec705b78
-@patch(as_prop=True)
-def checkpoint(self:Trainer): return self.folder/'checkpoint.pt'
-
 @patch
 def save(self:Trainer):
     "Write the checkpoint and history.json, each in one step; weights that are not finite are never saved"
     if self.folder is None: return
-    if not all(p.isfinite().all() for p in self.model.parameters()):
-        raise FloatingPointError(f"a weight is no longer finite after epoch {self.epoch+1}, batch {self.batch}; "
-                                 f"the last good checkpoint is in '{self.folder}'. Try a lower learning rate")
+    if not all(v.isfinite().all() for v in self.model.state_dict().values()): # weights and batch statistics
+        raise FloatingPointError(f"a weight is no longer finite after step {len(self.history.batch_loss)-1}; {self._kept()}. Try a lower learning rate")
     state = dict(run=self._identity(), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                  history=asdict(self.history), epoch=self.epoch, batch=self.batch, sums=self.sums)
     buffer = io.BytesIO()
@@ -257,7 +263,7 @@ def save(self:Trainer):
 
 @patch
 def _identity(self:Trainer): # what must be the same for a run to go on
-    return dict(recipe=asdict(self.recipe), data=repr(self.train), precision=self.history.precision)
+    return json.loads(json.dumps(dict(recipe=asdict(self.recipe), data=repr(self.train), fingerprint=self.train.fingerprint, precision=self.history.precision)))
 
 # %% ../nbs/03_training.ipynb #30d38923
 @patch
@@ -265,14 +271,14 @@ def resume(self:Trainer
           )->bool: # Was there a checkpoint?
     "Go on from the checkpoint in the folder, if there is one. Raises `ValueError` if it is another run's, or damaged"
     if self.folder is None or not self.checkpoint.exists(): return False
-    try: state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+    try:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        _ = state['run']['recipe'],[state[k] for k in ('model','optimizer','scaler','history','epoch','batch','sums')]
     except Exception as e: # torch raises a different kind for every way in which a file can be broken
-        raise ValueError(f"the checkpoint '{self.checkpoint}' is damaged ({type(e).__name__}). Delete it to begin anew") from e
-    theirs,ours = state['run'],json.loads(json.dumps(self._identity()))
-    theirs = json.loads(json.dumps(theirs))
-    if theirs != ours:
-        flat = lambda d: {**d['recipe'], 'data': d['data'], 'precision': d['precision']}
-        a,b = flat(theirs),flat(ours)
+        raise ValueError(f"the checkpoint '{self.checkpoint}' is damaged, or is no checkpoint ({type(e).__name__}). Delete it to begin anew") from e
+    ours = self._identity()
+    if state['run'] != ours:
+        a,b = [{**d, **d['recipe'], 'recipe': None} for d in (state['run'], ours)]
         diff = '; '.join(f'{k} was {a.get(k)}, now {b.get(k)}' for k in {**a,**b} if a.get(k) != b.get(k))
         raise ValueError(f"'{self.folder}' holds another run ({diff}). Choose another folder, or delete that one")
     self.model.load_state_dict(state['model'])
@@ -280,6 +286,7 @@ def resume(self:Trainer
     self.scaler.load_state_dict(state['scaler'])
     self.history = History(**state['history'])
     self.epoch,self.batch,self.sums = state['epoch'],state['batch'],state['sums']
+    self.history.save(self.folder/'history.json') # the kill may have come between the two files
     return True
 
 # %% ../nbs/03_training.ipynb #74a829ca

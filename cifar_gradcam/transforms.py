@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from albumentations.pytorch import ToTensorV2
 
-from .data import ImageSet, reseed, show_images
+from .data import reseed, show_images
 
 # %% ../nbs/01_transforms.ipynb #bbdb77f9
 def channel_stats(images:np.ndarray # uint8 (N, H, W, 3)
@@ -102,9 +102,10 @@ def gallery(image:np.ndarray, # uint8 (32, 32, 3)
             seed:int=0, # Another seed draws other variations
            ): # The matplotlib figure
     "One picture under each augmentation, the original first"
-    pictures = [image]
-    for k,name in enumerate(names):
-        t = augmentation(name, 1)
-        reseed(t, seed, k)
-        pictures.append(t(image=image)['image'])
+    def tries(k, t): # eight variations
+        for i in range(8):
+            reseed(t, seed, k, i)
+            yield t(image=image)['image']
+    def change(new): return np.abs(new.astype(int)-image).mean()
+    pictures = [image, *(max(tries(k, augmentation(name, 1)), key=change) for k,name in enumerate(names))]
     return show_images(pictures, titles=['original', *names], ncols=6, cell=1.35)
