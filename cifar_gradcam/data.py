@@ -72,8 +72,8 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
                 ncols:int=9, # Images in a row
                 cell:float=1.1, # Width of one image, inches
                 suptitle:str|None=None, # Title of the whole figure
-                colorbar:str|None=None, # Label of a colour bar for images (H, W); None: no bar
-                **kwargs # Passed on to `imshow`, e.g. `cmap`
+                colorbar:str|None=None, # Label of a colour bar; None: no bar
+                **kwargs # Passed on to `imshow`: `cmap`, `vmin`, `vmax`, which images in colours need for their colour bar only
                ): # The matplotlib figure
     "A grid of small images, enlarged with sharp pixels"
     images = list(images)

@@ -42,7 +42,7 @@ AUGMENTATIONS = {
     'Rotate': lambda p=.5: A.Rotate(limit=15, border_mode=cv2.BORDER_REFLECT_101, p=p),
     # ShiftScaleRotate
     'Affine': lambda p=.5: A.Affine(translate_percent=(-.1,.1), scale=(.9,1.1), rotate=(-15,15), border_mode=cv2.BORDER_REFLECT_101, p=p),
-    'OpticalDistortion': lambda p=.5: A.OpticalDistortion(distort_limit=(-.3,.3), p=p),
+    'OpticalDistortion': lambda p=.5: A.OpticalDistortion(distort_limit=(-.3,.3), border_mode=cv2.BORDER_REFLECT_101, p=p),
     'Blur': lambda p=.2: A.Blur(blur_limit=(3,3), p=p),
     'MedianBlur': lambda p=.2: A.MedianBlur(blur_limit=(3,3), p=p),
     'CLAHE': lambda p=.2: A.CLAHE(clip_limit=(1,3), tile_grid_size=(2,2), p=p),
