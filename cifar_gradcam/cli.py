@@ -122,15 +122,16 @@ def plot_explanation(picture, # uint8 (H, W, 3)
                     ): # The matplotlib figure
     "The picture, the map laid over it, and the probability of each class"
     prob,target = result.logits[0].softmax(0).cpu().numpy(),int(result.target[0])
-    h,w = picture.shape[:2]
-    fig,(a,b,c) = plt.subplots(1, 3, figsize=(9.5,3.2), layout='constrained', width_ratios=(1,1.18,.8))
-    smooth = 'nearest' if max(h,w) <= 128 else 'antialiased'
+    fig,(a,b,scale,c) = plt.subplots(1, 4, figsize=(10,3.4), layout='constrained', width_ratios=(1,1,.04,.8))
+    smooth = 'nearest' if max(picture.shape) <= 128 else 'antialiased'
     for ax,im in ((a,picture),(b,overlay(picture, result.heatmaps[0].cpu().numpy(), .4))):
         ax.imshow(im, interpolation=smooth)
         ax.axis('off')
-    a.set_title(title, fontsize=9)
+    fig.suptitle(title, fontsize=10)
+    a.set_title('the picture', fontsize=9)
     b.set_title(f'what speaks for {classes[target]!r}', fontsize=9)
-    fig.colorbar(matplotlib.cm.ScalarMappable(cmap='turbo'), ax=b, fraction=.05, label="share of the map's maximum")
+    fig.colorbar(matplotlib.cm.ScalarMappable(cmap='turbo'), cax=scale, label="share of the map's maximum")
+    scale.tick_params(labelsize=8)
     c.barh(classes, 100*prob, color=['tab:red' if i==target else 'tab:blue' for i in range(len(classes))])
     c.invert_yaxis()
     c.set(xlim=(0,100), xlabel='probability, %')
