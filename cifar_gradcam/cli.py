@@ -21,8 +21,8 @@ from . import __version__
 from .analysis import (class_table, explain, plot_accuracy, plot_class_accuracy, plot_confusion, plot_curves, plot_mistakes,
                                     plot_mistakes_cam, plot_mistakes_heatmaps, plot_mistakes_pairs, predictions, print_class_accuracy)
 from .data import cifar10, load_data, shapes
-from .docs import update
-from .gradcam import find_layer, overlay
+from .docs import update_docs
+from .gradcam import CMAP, find_layer, overlay
 from .model import load_model, save_model, write_atomically
 from .training import RECIPES, Recipe, fit
 from .transforms import gallery
@@ -38,7 +38,7 @@ def write_figures(folder, # Where to, made if need be
                  )->list: # The files
     "Draw every figure of a run, as PNG"
     model,info,h = trainer.model,trainer.info,trainer.history
-    figures = dict(gallery=lambda: gallery(p.data.images[1]), curves=lambda: plot_curves(h), accuracy=lambda: plot_accuracy(h),
+    figures = dict(gallery=lambda: gallery(p.data.images[1], suptitle=f'{p.data.name}: the augmentations'), curves=lambda: plot_curves(h), accuracy=lambda: plot_accuracy(h),
                    class_accuracy=lambda: plot_class_accuracy(p), confusion=lambda: plot_confusion(p))
     if len(p.mistakes): figures.update(mistakes=lambda: plot_mistakes(p), mistakes_cam=lambda: plot_mistakes_cam(model, p, info),
         mistakes_heatmaps=lambda: plot_mistakes_heatmaps(model, p, info), mistakes_pairs=lambda: plot_mistakes_pairs(model, p, info))
@@ -46,7 +46,6 @@ def write_figures(folder, # Where to, made if need be
     folder.mkdir(parents=True, exist_ok=True)
     for name,draw in figures.items():
         fig = draw()
-        if name == 'gallery': fig.suptitle(f'{p.data.name}: the augmentations', fontsize=10)
         files.append(folder/f'{name}.png')
         fig.savefig(files[-1], dpi=150)
         plt.close(fig)
@@ -74,8 +73,7 @@ def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
         train_accuracy=last['train_accuracy'], class_accuracy=dict(zip(p.data.classes, p.class_accuracy.tolist())),
         pflop=last['pflop'], seconds=last['seconds'], parameters=sum(q.numel() for q in t.model.parameters()),
         device=str(t.device), precision=t.history.precision, versions=versions())
-    keep = ('test_accuracy','train_accuracy','pflop','seconds')
-    save_model(t.model, folder/'model.safetensors', replace(t.info, metrics={k: metrics[k] for k in keep}))
+    save_model(t.model, folder/'model.safetensors', t.info)
     write_atomically(folder/'metrics.json', json.dumps(metrics, indent=1).encode())
     files = write_figures(folder/'figures', t, p)
     print_class_accuracy(p)
@@ -130,7 +128,7 @@ def plot_explanation(picture, # uint8 (H, W, 3)
     fig.suptitle(title, fontsize=10)
     a.set_title('the picture', fontsize=9)
     b.set_title(f'what speaks for {classes[target]!r}', fontsize=9)
-    fig.colorbar(matplotlib.cm.ScalarMappable(cmap='turbo'), cax=scale, label="share of the map's maximum")
+    fig.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), cax=scale, label="share of the map's maximum")
     scale.tick_params(labelsize=8)
     c.barh(classes, 100*prob, color=['tab:red' if i==target else 'tab:blue' for i in range(len(classes))])
     c.invert_yaxis()
@@ -214,7 +212,7 @@ def main(argv=None # Arguments; None: those of the command line
             matplotlib.use('agg')
             explain_images(args.model, args.images, args.out, args.layer, args.target)
         else:
-            for path in update(): print(f'updated {path}')
+            for path in update_docs(): print(f'updated {path}')
     except KeyboardInterrupt:
         print('\ninterrupted' + ('; the same command goes on from the last checkpoint' if args.command=='run' else ''), file=sys.stderr)
         return 130

@@ -183,6 +183,7 @@ class Trainer:
         self.recipe,self.train,self.test,self.n_workers,self.save_every = recipe,train,test,n_workers,save_every
         self.folder = None if folder is None else Path(folder)
         self.device = pick_device(device)
+        if self.folder: self.folder.mkdir(parents=True, exist_ok=True) # what can't be written to is found out before the work
         self.dtype = (amp_dtype(self.device) or torch.bfloat16 if amp else None) if amp is not None else amp_dtype(self.device)
         self.steps_per_epoch = recipe.steps_per_epoch(len(train))
         self.mean,self.std = [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]

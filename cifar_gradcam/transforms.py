@@ -100,6 +100,7 @@ def denormalize(x, # Tensor (..., 3, H, W), normalised
 def gallery(image:np.ndarray, # uint8 (32, 32, 3)
             names=tuple(AUGMENTATIONS), # Keys of `AUGMENTATIONS`
             seed:int=0, # Another seed draws other variations
+            suptitle:str|None=None, # Title of the whole figure
            ): # The matplotlib figure
     "One picture under each augmentation, the original first"
     def tries(k, t): # eight variations
@@ -108,4 +109,4 @@ def gallery(image:np.ndarray, # uint8 (32, 32, 3)
             yield t(image=image)['image']
     def change(new): return np.abs(new.astype(int)-image).mean()
     pictures = [image, *(max(tries(k, augmentation(name, 1)), key=change) for k,name in enumerate(names))]
-    return show_images(pictures, titles=['original', *names], ncols=6, cell=1.35)
+    return show_images(pictures, titles=['original', *names], ncols=6, cell=1.35, suptitle=suptitle)
