@@ -7,7 +7,7 @@ __all__ = ['CIFAR10_CLASSES', 'SHAPE_CLASSES', 'ImageSet', 'holdout', 'show_imag
            'coverage', 'draw_shape', 'shapes', 'load_data', 'reseed', 'Batches', 'loader']
 
 # %% ../nbs/00_data.ipynb #8a81290a
-import hashlib, html, http.client, math, os, socket
+import hashlib, html, http.client, math, os, signal, socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -293,10 +293,13 @@ class Batches(torch.utils.data.Dataset):
                  shuffle:bool=False, # A new order for every epoch?
                  drop_last:bool=False, # Leave out the last batch when it is not full?
                  seed:int=0, # Of the order and the augmentations, at least 0
-                 epoch:int=0): # Another epoch has another order and other augmentations
+                 epoch:int=0, # Another epoch has another order and other augmentations
+                 rank:int=0, # Number of this process among those that share each batch, 0..world-1
+                 world:int=1): # How many processes share each batch
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= rank < world: raise ValueError(f"rank must lie in 0..world-1, got rank {rank} of {world}")
         n = len(data)
-        self.data,self.transform,self.batch_size,self.key = data,transform,batch_size,(seed,epoch)
+        self.data,self.transform,self.batch_size,self.key,self.rank,self.world = data,transform,batch_size,(seed,epoch),rank,world
         # the last number of the key keeps this stream apart from those of the batches, which count from 0
         self.order = np.random.default_rng((seed,epoch,2**31)).permutation(n) if shuffle else np.arange(n)
         self.n_batches = n//batch_size if drop_last else math.ceil(n/batch_size)
@@ -305,22 +308,26 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, b): # x float32 (B, 3, H, W), y int64 (B,)
         if not 0 <= b < len(self): raise IndexError(f"there are {len(self)} batches, no number {b}")
-        idx = self.order[b*self.batch_size:(b+1)*self.batch_size]
-        reseed(self.transform, *self.key, b)
+        idx = self.order[b*self.batch_size:(b+1)*self.batch_size][self.rank::self.world]
+        reseed(self.transform, *self.key, b, self.rank)
         x = torch.stack([self.transform(image=self.data.images[i])['image'] for i in idx])
         return x, torch.from_numpy(self.data.labels[idx])
 
 # %% ../nbs/00_data.ipynb #365fffdf
-def _one_thread(worker_id): cv2.setNumThreads(0) # on 32 pixels, a pool of threads in each worker only costs time
+def _start_worker(worker_id):
+    cv2.setNumThreads(0) # on 32 pixels, a pool of threads in each worker only costs time
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process; the one that trains decides, and ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def loader(data:ImageSet, # Where the images come from
            transform, # Albumentations `Compose` ending in `ToTensorV2`
            batch_size:int=128, # Images in a batch
            n_workers:int=0, # Processes that prepare batches; 0: this one. The batches are the same
            start:int=0, # Number of the batch to begin with
-           **kwargs # `shuffle`, `drop_last`, `seed`, `epoch`: see `Batches`
+           stop:int|None=None, # Number of the batch to stop before; None: go to the end
+           **kwargs # `shuffle`, `drop_last`, `seed`, `epoch`, `rank`, `world`: see `Batches`
           )->torch.utils.data.DataLoader:
     "Batches of (x float32 (B, 3, H, W), y int64 (B,)), the same for any number of workers"
     batches = Batches(data, transform, batch_size, **kwargs)
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=n_workers,
-                                       worker_init_fn=_one_thread, pin_memory=torch.cuda.is_available())
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(len(batches))[start:stop], num_workers=n_workers,
+                                       worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())
