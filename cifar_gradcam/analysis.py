@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'predictions', 'print_class_accuracy', 'class_table', 'plot_class_accuracy', 'plot_confusion',
-           'plot_curves', 'plot_accuracy', 'live_curves', 'plot_mistakes', 'explain', 'plot_mistakes_cam',
-           'plot_mistakes_heatmaps', 'plot_mistakes_pairs']
+           'plot_curves', 'plot_accuracy', 'live_curves', 'tensorboard_log', 'Calibration', 'calibration',
+           'plot_calibration', 'plot_mistakes', 'explain', 'plot_mistakes_cam', 'plot_mistakes_heatmaps',
+           'plot_mistakes_pairs']
 
 # %% ../nbs/05_analysis.ipynb #b1b472ff
 from dataclasses import dataclass
@@ -168,6 +169,65 @@ def live_curves(): # A function of the `History`, for `fit(callback=...)`
         elif handle: handle.update(fig)
         plt.close(fig)
     return draw
+
+# %% ../nbs/05_analysis.ipynb #cdd020ef
+def tensorboard_log(folder # Where the log goes
+                   ): # A function of the `History`, for `fit(callback=...)`
+    "A callback that writes losses and accuracies for TensorBoard; a run that goes on goes on in the same log. Raises `ImportError` without tensorboard"
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e: raise ImportError("the log needs TensorBoard: pip install tensorboard") from e
+    steps,stages = 0,0 # written so far
+    def write(history):
+        nonlocal steps,stages
+        with SummaryWriter(folder) as w:
+            for i in range(steps, len(history.batch_loss)): w.add_scalar('batch/train_loss', history.batch_loss[i], i)
+            for e in history.epochs[stages:]:
+                for key in ('train_loss','train_nll','train_accuracy','test_loss','test_accuracy'):
+                    if e[key] is not None: w.add_scalar(f'epoch/{key}', e[key], e['steps'])
+        steps,stages = len(history.batch_loss),len(history.epochs)
+    return write
+
+# %% ../nbs/05_analysis.ipynb #90986e6b
+@dataclass(frozen=True)
+class Calibration:
+    "How sure a model is, and how often it is right, bin by bin; empty bins are left out"
+    edges:np.ndarray # float (B, 2): the bins, by the probability of the predicted class
+    confidence:np.ndarray # float (B,): its mean, 0..1
+    accuracy:np.ndarray # float (B,): share of the images that are right, 0..1
+    count:np.ndarray # int (B,): images
+
+    @property
+    def ece(self)->float: # 0..1
+        "Expected calibration error"
+        return float((self.count*np.abs(self.accuracy-self.confidence)).sum()/self.count.sum())
+
+def calibration(p:Predictions, # Of a data set
+                n_bins:int=15, # Bins of equal width, at least 1
+               )->Calibration:
+    "Compare how sure the predictions are with how often they are right"
+    if n_bins < 1: raise ValueError(f"n_bins must be at least 1, got {n_bins}")
+    confidence = p.probabilities.max(1).astype(np.float64)
+    right,of = p.predicted==p.data.labels, np.clip(np.ceil(confidence*n_bins).astype(int)-1, 0, n_bins-1) # a bin holds its upper edge
+    used = np.unique(of)
+    return Calibration(np.stack([used,used+1],1)/n_bins, *(np.array([f(of==b) for b in used]) for f in
+        (lambda m: confidence[m].mean(), lambda m: right[m].mean(), lambda m: m.sum())))
+
+# %% ../nbs/05_analysis.ipynb #d44d4f3a
+def plot_calibration(p:Predictions, # Of a data set
+                     n_bins:int=15, # Bins of equal width
+                    ): # The matplotlib figure
+    "Reliability diagram, and how many images there are in each bin"
+    c = calibration(p, n_bins)
+    fig,(a,b) = plt.subplots(2, 1, figsize=(4,4.6), layout='constrained', sharex=True, height_ratios=(3,1))
+    left,width = c.edges[:,0],c.edges[:,1]-c.edges[:,0]
+    a.bar(left, c.accuracy, width, align='edge', color='tab:blue', edgecolor='white', label='share that is right')
+    a.plot(c.confidence, c.confidence, 'o', color='tab:red', ms=4, label='mean probability')
+    a.plot([0,1], [0,1], '--', color='gray', lw=1)
+    a.set(xlim=(0,1), ylim=(0,1), ylabel='accuracy', title=f'{p.data.name} {p.data.split}: calibration error {100*c.ece:.1f} %')
+    a.title.set_fontsize(10); a.legend(fontsize=8)
+    b.bar(left, 100*c.count/c.count.sum(), width, align='edge', color='gray', edgecolor='white')
+    b.set(xlabel='probability of the predicted class', ylabel='images, %')
+    return fig
 
 # %% ../nbs/05_analysis.ipynb #386962d4
 def _choose(p, idx, n): # the images to draw: those asked for, else the first n mistakes
