@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
-from .model import write_atomically
+from .files import write_atomically
 
 # %% ../nbs/07_docs.ipynb #f810018f
 def settings(root='.' # Folder of settings.ini
