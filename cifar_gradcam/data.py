@@ -316,8 +316,8 @@ class Batches(torch.utils.data.Dataset):
 # %% ../nbs/00_data.ipynb #365fffdf
 def _start_worker(worker_id):
     cv2.setNumThreads(0) # on 32 pixels, a pool of threads in each worker only costs time
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process; the one that trains decides, and ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and the SIGTERM of `timeout`, torchrun or systemd reach every process; the one that trains decides, and a worker ends when that one has
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 def loader(data:ImageSet, # Where the images come from
            transform, # Albumentations `Compose` ending in `ToTensorV2`
