@@ -52,7 +52,7 @@ def to_markdown(nb, # Notebook, as `nbformat.read` gives it
     # highlighting needs the language, which nbdev_clean takes out of the notebook
     new = nbformat.v4.new_notebook(cells=cells, metadata={'language_info': {'name': 'python'}})
     text,_ = MarkdownExporter().from_notebook_node(new)
-    links = re.sub(r'\]\((\d\d_\w+\.ipynb)\)', r'](nbs/\1)', text)
+    links = re.sub(r'\]\((\d\d[a-z]?_\w+\.ipynb)\)', r'](nbs/\1)', text)
     return re.sub(r'\n{3,}', '\n\n', links).strip()+'\n'
 
 # %% ../nbs/07_docs.ipynb #151b6862
