@@ -7,9 +7,10 @@ __all__ = ['RECIPES', 'Recipe', 'pick_device', 'amp_dtype', 'progress_bar', 'pre
            'rank_and_world', 'Trainer', 'Stopped', 'fit']
 
 # %% ../nbs/03_training.ipynb #0b9d9de1
-import json, math, signal, sys, threading, time
+import json, math, os, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -39,10 +40,12 @@ class Recipe:
     lr:float # Peak learning rate of SGD, over 0
     epochs:tuple = () # Length of each stage, in passes through the training images, over 0; (): one each
     muon_lr:float = 0. # Peak learning rate of `Muon` for the filters of the convolutions, at least 0; 0: SGD for them too
+    bias_lr:float = 1. # Learning rate of the biases (batch norms' too) as a multiple of `lr`, over 0
     batch_size:int = 128 # Images in a step, at least 2 (batch norm needs company)
     schedule:str = 'triangular' # 'triangular': linearly up to `lr`, then linearly down; 'constant': `lr` throughout
     warmup:float = .2 # Share of the steps on the way up, 0..1; for 'triangular' only
-    momentum:float = .9 # Of SGD and of Muon, 0..1
+    momentum:float = .9 # Of SGD, 0..1
+    muon_momentum:float = .6 # Of Muon, 0..1
     nesterov:bool = True # Nesterov's form of momentum in SGD?
     weight_decay:float = 5e-4 # Pull of every weight that SGD trains towards 0, at least 0
     decay_norm:bool = False # Pull the biases and the batch norms' parameters too?
@@ -57,14 +60,15 @@ class Recipe:
         def need(ok, name, what):
             if not ok: raise ValueError(f"recipe {self.name!r}: {name} must be {what}, got {getattr(self,name)!r}")
         need(self.sizes and all(isinstance(s,int) and 8 <= s <= 32 for s in self.sizes), 'sizes', 'one side for each stage, each in 8..32')
-        need(len(self.epochs) in (0,len(self.sizes)) and all(e > 0 for e in self.epochs), 'epochs', f'{len(self.sizes)} lengths over 0, as many as sizes')
+        need(len(self.epochs) in (0,len(self.sizes)) and all(0 < e < math.inf for e in self.epochs), 'epochs', f'{len(self.sizes)} lengths over 0, as many as sizes')
         need(self.lr > 0, 'lr', 'over 0')
         need(self.muon_lr >= 0, 'muon_lr', 'at least 0')
+        need(self.bias_lr > 0, 'bias_lr', 'over 0')
         need(self.batch_size >= 2, 'batch_size', 'at least 2')
         need(self.schedule in ('triangular','constant'), 'schedule', "'triangular' or 'constant'")
         need(self.weight_decay >= 0, 'weight_decay', 'at least 0')
         need(self.seed >= 0, 'seed', 'at least 0')
-        for name in ('warmup','momentum','label_smoothing','ema'): need(0 <= getattr(self,name) < 1, name, 'in 0..1')
+        for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'): need(0 <= getattr(self,name) < 1, name, 'in 0..1')
         train_transforms(self.augmentations) # refuses unknown names
 
     @property
@@ -74,7 +78,10 @@ class Recipe:
 RECIPES = {r.name: r for r in (
     Recipe('seed', sizes=(32,)*15, lr=.01, schedule='constant', nesterov=False, weight_decay=1e-5, decay_norm=True,
            augmentations=('HorizontalFlip',)),
-    Recipe('fast', sizes=(16,16,24,24,24,32,32), lr=.2, label_smoothing=.1),
+    Recipe('fast', sizes=(16,24,32), epochs=(1.5,.7,.5), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1),
+    Recipe('strong', sizes=(16,24,24,32,32,32), epochs=(2.5,1.5,2,1.5,1.5,1.45), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1),
+    Recipe('full', sizes=(24,)*16+(32,)*64, lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1, ema=.998,
+           augmentations=('HorizontalFlip','RandomCrop','CoarseDropout')),
     Recipe('shapes', sizes=(16,24,32), lr=.05, batch_size=32, augmentations=('HorizontalFlip',)),
 )}
 
@@ -91,8 +98,11 @@ def steps_per_epoch(self:Recipe,
 def ends(self:Recipe,
          n:int # Number of training images
         )->list: # For each stage, the number of steps in the run when it is over
-    "Where the stages end"
-    return [round(e*self.steps_per_epoch(n)) for e in accumulate(self.lengths)]
+    "Where the stages end. Raises `ValueError` if one would have no step"
+    ends = [round(e*self.steps_per_epoch(n)) for e in accumulate(self.lengths)]
+    for k,(a,b) in enumerate(zip([0,*ends], ends)):
+        if a == b: raise ValueError(f"recipe {self.name!r}: stage {k+1} of {self.lengths[k]:g} epochs has no step; an epoch of {n} images has {self.steps_per_epoch(n)}")
+    return ends
 
 @patch
 def pflop(self:Recipe,
@@ -100,11 +110,15 @@ def pflop(self:Recipe,
           n_classes:int=10, # Number of classes
          )->float: # 10^15 floating-point operations: forward, backward, and Muon's
     "What training by this recipe costs"
-    model,ends = resnet18(n_classes),self.ends(n)
-    per_image = {s: count_flop(model, s, backward=True) for s in set(self.sizes)}
-    steps = np.diff([0,*ends])
-    muon = Muon(_filters(model), self.muon_lr).flop()*ends[-1] if self.muon_lr else 0
-    return (self.batch_size*sum(int(k)*per_image[s] for k,s in zip(steps, self.sizes)) + muon)/1e15
+    ends = self.ends(n)
+    images = self.batch_size*sum(int(k)*_image_flop(n_classes, s) for k,s in zip(np.diff([0,*ends]), self.sizes))
+    return (images + (_muon_flop(n_classes)*ends[-1] if self.muon_lr else 0))/1e15
+
+@cache
+def _image_flop(n_classes, size): return count_flop(resnet18(n_classes), size, backward=True)
+
+@cache
+def _muon_flop(n_classes): return Muon(_filters(resnet18(n_classes)), lr=1.).flop()
 
 def _filters(model): return [p for p in model.parameters() if p.ndim == 4]
 
@@ -124,8 +138,9 @@ def lr_share(self:Recipe,
 def pick_device(device=None # 'cpu', 'cuda', 'cuda:1', 'mps', ...; None: CUDA if there is one, else MPS, else the CPU
                )->torch.device:
     "The device to use. Raises `ValueError` if it is not there"
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: return torch.zeros(1, device=device or best).device
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" # torchrun numbers the processes of a machine; each takes a GPU of its own
+    best = own if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try: return torch.zeros(1, device=own if str(device) == 'cuda' else device or best).device
     except (RuntimeError, AssertionError) as e: # torch raises either, depending on how it was built
         raise ValueError(f"device {str(device)!r} cannot be used here ({str(e).splitlines()[0]}); {best!r} can") from e
 
@@ -227,8 +242,9 @@ class Trainer:
                  device=None, # None: the best there is
                  amp:bool|None=None, # Mixed precision? None: where it pays, see `amp_dtype`
                  n_workers:int=0, # Processes that prepare batches; the result is the same
-                 save_every:float=60.): # Seconds between checkpoints within a stage
-        self.recipe,self.train,self.test,self.n_workers,self.save_every = recipe,train,test,n_workers,save_every
+                 save_every:float=60., # Seconds between checkpoints within a stage
+                 callback=None): # Called with the `History` after each stage and each checkpoint, e.g. to draw it
+        self.recipe,self.train,self.test,self.n_workers,self.save_every,self.callback = recipe,train,test,n_workers,save_every,callback
         self.rank,self.world = rank_and_world()
         if recipe.batch_size%self.world: raise ValueError(f"{self.world} processes cannot share batches of {recipe.batch_size} evenly")
         self.folder = None if folder is None or self.rank else Path(folder)
@@ -249,17 +265,18 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype==torch.float16)
         self.history = History(asdict(recipe), train.name, str(self.dtype or torch.float32).removeprefix('torch.'))
         self.sums = self._zero() # over the stage so far
-        self.stop,self.between = None,True # signal that asks us to leave; is the state whole right now?
+        self.stop,self.between = None,False # signal that asks us to leave; may it interrupt what is done right now?
 
     def _zero(self): return dict(loss=0., nll=0., correct=0, images=0, seconds=0.)
 
     def _optimizers(self): # each group keeps its peak learning rate
         r,filters = self.recipe,_filters(self.net)
         matrices = [self.net.fc.weight] + ([] if r.muon_lr else filters)
-        vectors = [p for p in self.net.parameters() if p.ndim == 1] # biases and batch norms
-        groups = [dict(params=matrices, weight_decay=r.weight_decay), dict(params=vectors, weight_decay=r.weight_decay*r.decay_norm)]
+        scales,biases = [[p for n,p in self.net.named_parameters() if p.ndim == 1 and n.endswith(kind)] for kind in ('weight','bias')] # of batch norms, and fc's bias
+        groups = [dict(params=matrices, weight_decay=r.weight_decay), dict(params=scales, weight_decay=r.weight_decay*r.decay_norm),
+                  dict(params=biases, weight_decay=r.weight_decay*r.decay_norm, lr=r.lr*r.bias_lr)]
         made = [torch.optim.SGD(groups, r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=self.device.type in ('cpu','cuda'))]
-        if r.muon_lr: made.append(Muon(filters, r.muon_lr, r.momentum, dtype=torch.bfloat16 if self.dtype else torch.float32))
+        if r.muon_lr: made.append(Muon(filters, r.muon_lr, r.muon_momentum, dtype=self.dtype if self.dtype == torch.bfloat16 else torch.float32)) # float16 would overflow
         for o in made:
             for g in o.param_groups: g['peak'] = g['lr']
         return made
@@ -272,8 +289,8 @@ class Trainer:
     def checkpoints(self): return Checkpoints(self.folder)
 
     def _kept(self): # what is left to go back to, for error messages
-        if self.folder is None or not self.checkpoints.path.exists(): return 'no checkpoint was kept yet'
-        return f"the last good checkpoint is '{self.checkpoints.path}'"
+        kept = [] if self.folder is None else [p for p in (self.checkpoints.path, self.checkpoints.previous) if p.exists()]
+        return f"the last good checkpoint is '{kept[0]}'" if kept else 'no checkpoint was kept yet'
 
     @property
     def n_steps(self)->int: return len(self.history.batch_loss) # done so far
@@ -384,16 +401,17 @@ def run_stage(self:Trainer):
     self.net.train()
     bar = progress_bar(self.batches(size, end), f'stage {self.stage+1}/{len(r.sizes)}', initial=self.n_steps-first, total=end-first)
     clock = saved = time.monotonic()
+    self._free()
     for x,y in bar:
         self.between = False
         loss = self.step(x,y)
         now = time.monotonic()
         self.sums['seconds'] += now-clock
-        self.between = True
         self._leave_if_asked()
         bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
         if now-saved > self.save_every and self.n_steps < end:
             self._save_whole()
+            if self.callback: self.callback(self.history)
             saved = now = time.monotonic()
         clock = now
     self._end_stage(size)
@@ -408,24 +426,43 @@ def batches(self:Trainer, size, end): # from the next step to `end`, through as 
     return chain.from_iterable(map(part, range(self.n_steps//n, math.ceil(end/n))))
 
 @patch
-def _leave_if_asked(self:Trainer):
+def _free(self:Trainer, alone=None): # from here on a signal may interrupt, unless other processes would wait for this one
+    self.between = self.world == 1 if alone is None else alone
+    if self.between and self.stop:
+        self.between = False
+        raise Stopped
+
+@patch
+def _leave_if_asked(self:Trainer): # in all processes at the same place
     if self.world > 1: # the largest of all processes' signals, 0 where there was none
         asked = torch.tensor(self.stop or 0, device=self.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.stop = asked.item() or None
-    if self.stop: raise Stopped
+        if self.stop: raise Stopped
+    self._free()
 
 @patch
 def _save_whole(self:Trainer): # a signal has to wait until the files are written
     self.between = False
     self.save()
-    self.between = True
-    if self.stop and self.world == 1: raise Stopped
+    self._free()
+
+@patch
+def _evaluate(self:Trainer): # loss and accuracy; the other processes wait for rank 0 at the place where all agree whether to leave
+    tested = None,None
+    if self.test is not None and self.rank == 0:
+        try:
+            self._free(alone=True)
+            tested = evaluate(self.model, self.test, self.info)
+            self.between = False
+        except Stopped: pass
+    self._leave_if_asked()
+    return tested
 
 @patch
 def _end_stage(self:Trainer, size):
     s,before = self.sums,self.history.epochs[-1] if self.history.epochs else dict(pflop=0.,seconds=0.)
-    tested = evaluate(self.model, self.test, self.info) if self.test is not None and self.rank == 0 else (None,None)
+    tested = self._evaluate()
     self.between = False
     steps = self.n_steps - (self.ends[self.stage-1] if self.stage else 0)
     epoch = sum(self.recipe.lengths[:self.stage+1])
@@ -434,6 +471,8 @@ def _end_stage(self:Trainer, size):
         pflop=before['pflop']+steps*self.flop[size]/1e15, seconds=before['seconds']+s['seconds']))
     self.sums = self._zero()
     self._save_whole()
+    self._leave_if_asked()
+    if self.callback: self.callback(self.history)
 
 # %% ../nbs/03_training.ipynb #6a486971
 @contextmanager
@@ -443,8 +482,11 @@ def _signals(t): # SIGINT and SIGTERM make `t` save before they do what they do
         return
     def note(signum, frame):
         t.stop = signum
-        if t.between and t.world == 1: raise Stopped # no step is under way, so there is nothing to wait for
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        if t.between:
+            t.between = False # a second signal does not interrupt what the first one caused
+            raise Stopped
+    # what was set to be ignored (in a script's background job, Ctrl-C is) stays ignored
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)}
     try: yield
     finally:
         for s,handler in before.items(): signal.signal(s, handler)
@@ -453,9 +495,8 @@ def fit(recipe:Recipe, # How to train
         train:ImageSet, # What to train on
         test:ImageSet|None=None, # What to evaluate on after each stage; decides nothing
         folder=None, # Where to keep checkpoints and history; a run found there goes on where it stopped
-        callback=None, # Called with the `History` after each stage, e.g. to draw it
         verbose:bool=True, # Print a line for each stage?
-        **kwargs # `device`, `amp`, `n_workers`, `save_every`: see `Trainer`
+        **kwargs # `callback`, `device`, `amp`, `n_workers`, `save_every`: see `Trainer`
        )->Trainer: # With `model`, `history` and `info`
     "Train by a recipe, from the beginning or from where the run in `folder` stopped"
     t = Trainer(recipe, train, test, folder, **kwargs)
@@ -464,19 +505,22 @@ def fit(recipe:Recipe, # How to train
     with locked(t.folder) if t.folder else nullcontext():
         if found := t.resume():
             say(found)
-            if callback and t.history.epochs: callback(t.history)
+            if t.callback: t.callback(t.history)
         try:
             with _signals(t):
-                while not t.finished:
-                    t.run_stage()
-                    e = t.history.epochs[-1]
-                    tested = '' if e['test_accuracy'] is None else f"test {e['test_accuracy']:5.2f} %  "
-                    say(f"epoch {e['epoch']:g} of {sum(recipe.lengths):g}  {e['size']} px  loss {e['train_loss']:.3f}  train {e['train_accuracy']:5.2f} %  "
-                        f"{tested}{e['pflop']:.3f} PFLOP  {e['seconds']:.0f} s")
-                    if callback: callback(t.history)
+                try:
+                    while not t.finished:
+                        t.run_stage()
+                        e = t.history.epochs[-1]
+                        tested = '' if e['test_accuracy'] is None else f"test {e['test_accuracy']:5.2f} %  "
+                        say(f"epoch {e['epoch']:g} of {sum(recipe.lengths):g}  {e['size']} px  loss {e['train_loss']:.3f}  train {e['train_accuracy']:5.2f} %  "
+                            f"{tested}{e['pflop']:.3f} PFLOP  {e['seconds']:.0f} s")
+                    t.between = False
+                except Stopped:
+                    t.save()
+                    say(f"stopped by {signal.Signals(t.stop).name} {t.place}" + (f"; saved in '{t.folder}'" if t.folder else ''))
+                    raise
         except Stopped:
-            t.save()
-            say(f"stopped by {signal.Signals(t.stop).name} {t.place}" + (f"; saved in '{t.folder}'" if t.folder else ''))
             signal.raise_signal(t.stop) # KeyboardInterrupt for Ctrl-C, the end for SIGTERM
             raise
     return t
