@@ -24,6 +24,7 @@ setup(
                  f"Natural Language :: {cfg['language']}",
                  'Programming Language :: Python :: 3'],
     packages=find_packages(include=[f"{cfg['lib_path']}*"]),
+    package_data={cfg['lib_path']: ['*.safetensors']}, # the pretrained weights
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
