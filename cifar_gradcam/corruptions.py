@@ -30,7 +30,7 @@ CORRUPTIONS = { # name: (value -> transform, values of strengths 1..5)
     'MotionBlur': (lambda v: A.MotionBlur(blur_limit=(v,v), p=1), (3,5,7,9,11)), # length, pixels
     'Brightness': (lambda v: A.RandomBrightnessContrast(brightness_limit=(v,v), contrast_limit=(0,0), p=1), (.1,.2,.3,.4,.5)), # added, full scale being 1
     'Darkness': (lambda v: A.RandomBrightnessContrast(brightness_limit=(-v,-v), contrast_limit=(0,0), p=1), (.1,.2,.3,.4,.5)), # taken away
-    'Contrast': (lambda v: A.RandomBrightnessContrast(brightness_limit=(0,0), contrast_limit=(-v,-v), p=1), (.25,.4,.55,.7,.8)), # share that is lost
+    'Contrast': (lambda v: A.RandomBrightnessContrast(brightness_limit=(v,v), contrast_limit=(-v,-v), brightness_by_max=False, p=1), (.25,.4,.55,.7,.8)), # share that is lost; the mean stays
     'ToGray': (lambda v: A.HueSaturationValue(0, (-v,-v), 0, p=1), (50,100,150,200,255)), # saturation that is lost, of 255
     'Pixelate': (lambda v: A.Downscale(scale_range=(v,v), interpolation_pair=dict(downscale=cv2.INTER_AREA, upscale=cv2.INTER_NEAREST_EXACT), p=1), (.9,.8,.5,.35,.25)), # side that is left, as a share
     'ImageCompression': (lambda v: A.ImageCompression(compression_type='jpeg', quality_range=(v,v), p=1), (80,65,50,35,20)), # JPEG quality
