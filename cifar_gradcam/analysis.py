@@ -176,10 +176,10 @@ def tensorboard_log(folder # Where the log goes
     "A callback that writes losses and accuracies for TensorBoard; a run that goes on goes on in the same log. Raises `ImportError` without tensorboard"
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e: raise ImportError("the log needs TensorBoard: pip install tensorboard") from e
-    steps,stages = 0,0 # written so far
+    steps,stages = 0,0 # written so far by this callback
     def write(history):
         nonlocal steps,stages
-        with SummaryWriter(folder) as w:
+        with SummaryWriter(folder, purge_step=None if steps else 0) as w: # what a process before this one wrote is written anew
             for i in range(steps, len(history.batch_loss)): w.add_scalar('batch/train_loss', history.batch_loss[i], i)
             for e in history.epochs[stages:]:
                 for key in ('train_loss','train_nll','train_accuracy','test_loss','test_accuracy'):
