@@ -66,6 +66,6 @@ def plot_lr(c:LRCurve # What `find_lr` found
     ax.semilogx(lr, c.smooth, color='tab:blue', label='smoothed')
     ax.axvline(c.best, color='tab:red', ls='--', label=f'a third of the best: {c.best:.2g}')
     ax.axvline(c.recipe.lr, color='gray', ls=':', label=f"recipe '{c.recipe.name}': {c.recipe.lr:g}")
-    ax.set(xlabel='peak learning rate (of SGD)', ylabel='training loss, nats', ylim=(0, 1.3*c.losses[0]), title=f'{c.recipe.sizes[0]} px, batches of {c.recipe.batch_size}')
+    ax.set(xlabel='peak learning rate (of SGD)', ylabel='training loss, nats', ylim=(.9*c.smooth.min(), 1.3*c.losses[0]), title=f'{c.recipe.sizes[0]} px, batches of {c.recipe.batch_size}')
     ax.title.set_fontsize(10); ax.legend(fontsize=8); ax.grid(alpha=.3)
     return fig
