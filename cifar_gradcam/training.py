@@ -79,8 +79,8 @@ RECIPES = {r.name: r for r in (
     Recipe('seed', sizes=(32,)*15, lr=.01, schedule='constant', nesterov=False, weight_decay=1e-5, decay_norm=True,
            augmentations=('HorizontalFlip',)),
     Recipe('fast', sizes=(16,24,32), epochs=(1.5,.7,.5), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1),
-    Recipe('strong', sizes=(16,24,24,32,32,32), epochs=(2.5,1.5,2,1.5,1.5,1.45), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1),
-    Recipe('full', sizes=(24,)*16+(32,)*64, lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1, ema=.998,
+    Recipe('strong', sizes=(16,24,32,32), epochs=(3.5,5,2,1.25), lr=.1, muon_lr=.08, bias_lr=16., batch_size=256, label_smoothing=.1),
+    Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1, ema=.998,
            augmentations=('HorizontalFlip','RandomCrop','CoarseDropout')),
     Recipe('shapes', sizes=(16,24,32), lr=.05, batch_size=32, augmentations=('HorizontalFlip',)),
 )}
