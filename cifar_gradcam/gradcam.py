@@ -9,10 +9,10 @@ __all__ = ['CMAP', 'unwrapped', 'find_layer', 'tokens_to_map', 'channels_first',
            'overlay']
 
 # %% ../nbs/04_gradcam.ipynb #3f3ffe4d
-import copy, difflib, json, queue, sys, warnings
+import copy, difflib, json, queue, sys, threading, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import cv2
@@ -209,15 +209,26 @@ class CAMResult:
             raise ValueError(f"'{path}' holds no class activation maps: expected a file that CAMResult.save wrote ({e})") from None
 
 # %% ../nbs/04_gradcam.ipynb #dd05c1be
+_eager,_lock = [],threading.Lock() # of the process: torch has one stance for all threads
+
+@contextmanager
+def _uncompiled(): # the first to enter sets the stance, the last to leave takes it back
+    if 'torch._dynamo' not in sys.modules or not hasattr(torch.compiler, 'set_stance'): yield; return # nothing is compiled; importing dynamo takes seconds
+    with _lock: _eager.append(_eager[0] if _eager else torch.compiler.set_stance('force_eager'))
+    try: yield
+    finally:
+        with _lock:
+            stance = _eager.pop()
+            if not _eager: stance.__exit__(None, None, None)
+
 @contextmanager
 def undisturbed(model:nn.Module # In whatever state
                ):
     "Evaluation mode, no gradients unless switched on inside, nothing compiled, for a `with` block; afterwards all is as before"
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError('the model was made inside torch.inference_mode, so no gradient can pass through it; make or load it outside')
-    compiled = 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance') # torch 2.6; importing it takes seconds
     try:
-        with torch.compiler.set_stance('force_eager') if compiled else nullcontext(), eval_mode(model), torch.inference_mode(False), torch.no_grad(): yield
+        with _uncompiled(), eval_mode(model), torch.inference_mode(False), torch.no_grad(): yield
     finally: torch.clear_autocast_cache() # weights cast here, without gradients, must not serve a training step after us
 
 def forward(model:nn.Module, # In evaluation mode
@@ -388,10 +399,10 @@ class CAMMethod:
                 )->CAMResult:
         "Explain why `model` gives each image its score. Raises `TypeError` or `ValueError`, in plain words, for what can't be explained"
         check_images(images)
-        if images.is_inference(): images = images.clone()
         layers = self.layers or [find_layer(self.model, self._last_layer(images))]
         head = Head() if self._has_linear_head(layers, images) else None
         with undisturbed(self.model):
+            if images.is_inference(): images = images.clone()
             taps = [Tap(name, self.reshape, self.call, self.uses_gradients and not head) for name,_ in layers]
             hooks = [(m,t) for (_,m),t in zip(layers, taps)]
             logits = forward(self.model, images, hooks + [(m,head) for m in self.model.modules() if head and type(m) is nn.Linear])
@@ -401,7 +412,7 @@ class CAMMethod:
                 return self(images, target)
             score,classes = self.explained(logits.detach(), target)
             if not self.uses_gradients: grads = [None]*len(taps)
-            elif head: grads = [self._closed_form(score, logits, classes, head, taps[0].map)]
+            elif head: grads = [self._closed_form(score, logits, head, taps[0].map)]
             else: grads = [as_map(g, t.name, self.reshape).float() for g,t in zip(gradients(scores_of(score, logits).sum(), taps), taps)]
             torch.set_grad_enabled(False)
             maps = [self.map(Seen(t.map, g, images, self.model, score, self._resume(m, t, images, head), self._gradients_at(m, t.name, score), head is not None)) for (_,m),t,g in zip(layers, taps, grads)]
@@ -419,12 +430,10 @@ class CAMMethod:
         if name not in self._linear: self._linear[name] = linear_head(self.model, module, images)
         return self._linear[name]
 
-    def _closed_form(self, score, logits, classes, head, maps): # (N, K, h, w), one value for each channel
-        if classes is not None: by_logits = F.one_hot(classes, logits.shape[1])
-        else:
-            with torch.enable_grad():
-                leaf = logits.detach().float().requires_grad_()
-                by_logits, = torch.autograd.grad(scores_of(score, leaf).sum(), leaf)
+    def _closed_form(self, score, logits, head, maps): # (N, K, h, w), one value for each channel
+        with torch.enable_grad():
+            leaf = logits.detach().float().requires_grad_()
+            by_logits, = torch.autograd.grad(scores_of(score, leaf).sum(), leaf)
         return head.gradient(by_logits, maps.shape[2:].numel()).expand_as(maps)
 
     def _resume(self, module, tap, images, head):
@@ -472,6 +481,7 @@ class GradCAM(CAMMethod):
     def map(self, seen): return (seen.gradients.mean((2,3), keepdim=True)*seen.activations).sum(1)
 
 # %% ../nbs/04_gradcam.ipynb #2cb6ecd1
+@torch.inference_mode(False)
 def frozen(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
            images:torch.Tensor, # (N, C, H, W); the first one is tried
            keep=(), # Names of modules whose outputs must stay what they are
