@@ -19,6 +19,7 @@ import cv2
 import matplotlib
 import numpy as np
 import torch
+import torch.fx
 import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
@@ -523,7 +524,7 @@ def stream(self:CAMMethod,
            loader, # Batches of images (N, C, H, W), or of tuples that begin with them, as a `DataLoader` gives
            target=None, # As for a single batch; one int for each image means each of the whole loader, in its order
           )->CAMResult: # Of all images, on the CPU
-    "Explain a whole data set, with a progress bar. The model is copied, so it may go on being trained"
+    "Explain a whole data set, with a progress bar. The model is copied, unless parts of it are compiled"
     device = next(self.model.parameters()).device
     compiled = any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in self.model.modules())
     n = torch.get_num_threads() if device.type == 'cpu' and not compiled else 1
