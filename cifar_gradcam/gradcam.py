@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['CMAP', 'unwrapped', 'find_layer', 'tokens_to_map', 'channels_first', 'ShapeError', 'as_map', 'check_images',
            'choose_target', 'logit_of', 'contrast', 'scores_of', 'CAMResult', 'undisturbed', 'forward', 'Tap',
-           'gradients', 'last_layer', 'Head', 'linear_head', 'Seen', 'CAMMethod', 'GradCAM', 'frozen', 'colorize',
-           'overlay']
+           'gradients', 'last_layer', 'Head', 'linear_head', 'Seen', 'CAMMethod', 'GradCAM', 'colorize', 'overlay']
 
 # %% ../nbs/04_gradcam.ipynb #3f3ffe4d
-import copy, difflib, json, queue, sys, threading, warnings
+import copy, difflib, itertools, json, queue, sys, threading, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,15 +18,14 @@ import cv2
 import matplotlib
 import numpy as np
 import torch
-import torch.fx
 import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .files import write_atomically
+from .frozen import frozen
 from .model import eval_mode
 from .training import progress_bar
 
@@ -481,77 +479,72 @@ class GradCAM(CAMMethod):
     (Selvaraju et al. 2017, arXiv 1610.02391)"""
     def map(self, seen): return (seen.gradients.mean((2,3), keepdim=True)*seen.activations).sum(1)
 
-# %% ../nbs/04_gradcam.ipynb #2cb6ecd1
-@torch.inference_mode(False)
-def frozen(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-           images:torch.Tensor, # (N, C, H, W); the first one is tried
-           keep=(), # Names of modules whose outputs must stay what they are
-          )->nn.Module: # A copy, in evaluation mode
-    "A copy that is quicker: channels last, and batch norms folded into the convolutions before them where that is possible and changes no logit"
-    plain = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
-    plain = plain.to(memory_format=torch.channels_last)
-    try: graph = torch.fx.symbolic_trace(plain).graph
-    except Exception: return plain # a forward that can't be traced: as it is
-    folded = copy.deepcopy(plain)
-    mods,runs = dict(folded.named_modules()),[n.target for n in graph.nodes if n.op == 'call_module']
-    def put(name, module): setattr(folded.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2], module)
-    for n in graph.nodes:
-        if n.op != 'call_module' or type(mods[n.target]) is not nn.BatchNorm2d: continue
-        before = n.args[0]
-        if before.op != 'call_module' or type(mods[before.target]) is not nn.Conv2d or len(before.users) > 1: continue
-        if before.target in keep or runs.count(n.target) > 1 or runs.count(before.target) > 1 or mods[n.target].running_mean is None: continue
-        put(before.target, fuse_conv_bn_eval(mods[before.target], mods[n.target]))
-        put(n.target, nn.Identity()) # under its name, so that the layer can still be watched
-    folded = folded.to(memory_format=torch.channels_last)
-    with torch.no_grad(): a,b = plain(images[:1]),folded(images[:1])
-    return folded if isinstance(a, torch.Tensor) and (a-b).abs().max() <= 1e-3*a.abs().max() else plain
-
 # %% ../nbs/04_gradcam.ipynb #168edecb
 def _batches(loader, target): # pairs of images, and what is to be explained of them
-    start = 0
+    start,size = 0,None
     one_each = target is not None and not callable(target) and np.ndim(target) > 0
     if one_each: target = torch.as_tensor(target)
     for batch in loader:
         x = batch if isinstance(batch, torch.Tensor) else batch[0]
         check_images(x)
+        if x.shape[1:] != (size := size or x.shape[1:]): raise ValueError(f"the loader's images must all have one size; after {tuple(size)} came {tuple(x.shape[1:])}")
         if one_each and start+len(x) > len(target): raise ValueError(f"target has {len(target)} entries, and the loader more images")
         yield x,target[start:start+len(x)] if one_each else target
         start += len(x)
     if one_each and start < len(target): raise ValueError(f"target has {len(target)} entries, and the loader only {start} images")
 
+def _pieces(batches, n): # the same images, n at a time
+    rest = None
+    for x,t in batches:
+        each = isinstance(t, torch.Tensor) and t.ndim > 0
+        if rest: x,t = torch.cat([rest[0], x]),torch.cat([rest[1], t]) if each else t
+        whole = len(x)//n*n
+        for i in range(0, whole, n): yield x[i:i+n],t[i:i+n] if each else t
+        rest = x[whole:],t[whole:] if each else t
+    if len(rest[0]): yield rest
+
+def _copies(model, images, keep, n): # n of them, quick, and with the same weights; or the model itself, where that can't be copied
+    if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in model.modules()): return [model] # parts of it are compiled
+    try: quick = frozen(model, images, keep)
+    except RuntimeError: return [model] # it keeps tensors of a graph, say
+    shared = {id(t): t for t in (*quick.parameters(), *quick.buffers())}
+    return [quick, *(copy.deepcopy(quick, dict(shared)) for _ in range(n-1))]
+
 @patch
 def stream(self:CAMMethod,
-           loader, # Batches of images (N, C, H, W), or of tuples that begin with them, as a `DataLoader` gives
+           loader, # Batches of images (N, C, H, W), all of one size, or of tuples that begin with them, as a `DataLoader` gives
            target=None, # As for a single batch; one int for each image means each of the whole loader, in its order
           )->CAMResult: # Of all images, on the CPU
-    "Explain a whole data set, with a progress bar. The model is copied, unless parts of it are compiled"
-    device = next(self.model.parameters()).device
-    compiled = any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in self.model.modules())
-    n = torch.get_num_threads() if device.type == 'cpu' and not compiled else 1
-    free = queue.SimpleQueue() # a copy of the model for each core
-    def ready(x):
-        names = [name for name,_ in self.layers or [(self._last_layer(x), None)]]
-        for _ in range(n):
-            cam = copy.copy(self)
-            cam.model,cam._linear = self.model if compiled else frozen(self.model, x, names),{}
-            cam.layers = [find_layer(cam.model, name) for name in names]
-            free.put(cam)
+    "Explain a whole data set, with a progress bar. A function as `target` gets the loader's batches; else their size does not matter"
+    batches = _batches(progress_bar(loader, type(self).__name__), target)
+    first = next(batches, None)
+    if first is None: raise ValueError("the loader gave no batch")
+    p = next(self.model.parameters())
+    device,cpu = p.device.type,p.device.type == 'cpu'
+    batches = itertools.chain([first], batches)
+    if cpu and not callable(target): batches = _pieces(batches, 64)
+    x = first[0].to(p.device)
+    names = [name for name,_ in self.layers or [(self._last_layer(x), None)]]
+    free = queue.SimpleQueue() # one for each worker
+    for m in (models := _copies(self.model, x, names, torch.get_num_threads() if cpu else 1)):
+        cam = copy.copy(self)
+        cam.model,cam._linear,cam.layers = m,{},[find_layer(m, name) for name in names]
+        free.put(cam)
+    amp = dict(device_type=device, enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device)) # the caller's; a thread has its own
     def explain(x, t):
         cam = free.get()
-        try: r = cam(x.contiguous(memory_format=torch.channels_last), t)
+        try:
+            with torch.autocast(**amp): r = cam(x.to(p.device, memory_format=torch.channels_last), t)
         finally: free.put(cam)
         return replace(r, raw=r.raw.cpu(), logits=r.logits.cpu(), target=None if r.target is None else r.target.cpu())
     done,waiting = [],deque()
-    pool = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None, initargs=(1,) if n > 1 else ()) # one thread for each worker
+    pool = ThreadPoolExecutor(len(models), initializer=torch.set_num_threads if len(models) > 1 else None, initargs=(1,) if len(models) > 1 else ())
     try:
-        for x,t in progress_bar(_batches(loader, target), type(self).__name__, total=len(loader) if hasattr(loader, '__len__') else None):
-            x = x.to(device)
-            if not waiting and not done: ready(x)
+        for x,t in batches:
             waiting.append(pool.submit(explain, x, t))
-            if len(waiting) > 2*n: done.append(waiting.popleft().result())
+            if len(waiting) > 2*len(models): done.append(waiting.popleft().result())
         done += [w.result() for w in waiting]
     finally: pool.shutdown(cancel_futures=True)
-    if not done: raise ValueError("the loader gave no batch")
     return CAMResult.cat(done)
 
 # %% ../nbs/04_gradcam.ipynb #5fd86052
