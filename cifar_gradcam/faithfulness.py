@@ -26,8 +26,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from .data import ImageSet, Table, loader
 from .files import write_atomically
-from .gradcam import check_images, choose_target
-from .model import ModelInfo, _digest, eval_mode
+from .gradcam import as_heatmaps, check_images, choose_target
+from .model import ModelInfo, digest, eval_mode
 from .training import predict, progress_bar
 from .transforms import test_transforms
 
@@ -101,11 +101,6 @@ def auc(curve:torch.Tensor # (N, steps+1), at equal steps
     return torch.trapezoid(curve, dx=1/(curve.shape[1]-1))
 
 # %% ../nbs/04c_faithfulness.ipynb #6beb94df
-def _unit(maps): # the positive part, each map divided by its maximum; all 0 where nothing is positive
-    positive = maps.clamp(min=0)
-    top = positive.amax((1,2), keepdim=True)
-    return torch.where(top > 0, positive/top, 0.)
-
 def drop_and_increase(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                       images:torch.Tensor, # float (N, C, H, W), normalised
                       maps:torch.Tensor, # float (N, H, W); what is negative counts as 0
@@ -114,7 +109,7 @@ def drop_and_increase(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                      ): # Two float32 (N,): relative drop, 0..1; and 1 where the probability rises, else 0
     "What is lost, or won, where only that is seen which the map marks"
     _check_maps(maps, images[:,0].shape)
-    y,o = (class_probability(model, x, target, batch_size) for x in (images, images*_unit(maps)[:,None]))
+    y,o = (class_probability(model, x, target, batch_size) for x in (images, images*as_heatmaps(maps)[:,None]))
     return torch.where(y > 0, (y-o).clamp(min=0)/y, 0.), (o > y).float()
 
 # %% ../nbs/04c_faithfulness.ipynb #a8a9d73a
@@ -181,7 +176,7 @@ def energy_pointing_game(maps:torch.Tensor, # float (N, H, W); what is negative 
                         )->torch.Tensor: # float32 (N,), 0..1; 0 where nothing is positive
     "Which share of the positive map lies on the object?"
     _check_masks(maps, masks)
-    positive = _unit(maps) # shares do not depend on the scale, and sums of 0..1 neither overflow nor vanish
+    positive = as_heatmaps(maps) # shares do not depend on the scale, and sums of 0..1 neither overflow nor vanish
     total = positive.sum((1,2))
     return torch.where(total > 0, (positive*masks).sum((1,2))/total, 0.).float()
 
@@ -278,7 +273,7 @@ def randomisation(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     first,out = _explain(make(model), images, target, batch_size, device),{}
     for name,changed in progress_bar(cascade(model, seed), 'randomisation'):
         maps = _explain(make(changed), images, target, batch_size, device)
-        out[name] = {'Spearman': spearman(first, maps), 'Spearman, absolute': spearman(first.abs(), maps.abs()), 'SSIM': ssim(_unit(first), _unit(maps))}
+        out[name] = {'Spearman': spearman(first, maps), 'Spearman, absolute': spearman(first.abs(), maps.abs()), 'SSIM': ssim(as_heatmaps(first), as_heatmaps(maps))}
     return out
 
 def plot_randomisation(results:dict # {method: what `randomisation` returned}
@@ -392,7 +387,7 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
     "Every score for every method and for the baselines. Raises `ValueError` if the file at `path` belongs to something else"
     if twice := explain.keys() & BASELINES: raise ValueError(f"these names belong to the baselines: {', '.join(twice)}")
     tensors = {k: v.detach().cpu() for k,v in model.state_dict().items()}
-    settings = [data.fingerprint, data.masks is not None, _digest(tensors, info.to_json()), steps, list(percents), n_mosaics, seed]
+    settings = [data.fingerprint, data.masks is not None, digest(tensors, info.to_json()), steps, list(percents), n_mosaics, seed]
     result = Faithfulness(hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     if path and Path(path).exists():
         old = Faithfulness.load(path)

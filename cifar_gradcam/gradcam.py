@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CMAP', 'unwrapped', 'find_layer', 'tokens_to_map', 'channels_first', 'ShapeError', 'as_map', 'check_images',
-           'choose_target', 'logit_of', 'contrast', 'scores_of', 'CAMResult', 'undisturbed', 'forward', 'Tap',
-           'gradients', 'last_layer', 'Head', 'linear_head', 'Seen', 'CAMMethod', 'GradCAM', 'colorize', 'overlay']
+           'choose_target', 'logit_of', 'contrast', 'scores_of', 'as_heatmaps', 'CAMResult', 'undisturbed', 'forward',
+           'Tap', 'gradients', 'last_layer', 'Head', 'linear_head', 'Seen', 'CAMMethod', 'GradCAM', 'colorize',
+           'overlay']
 
 # %% ../nbs/04_gradcam.ipynb #3f3ffe4d
 import copy, difflib, itertools, json, queue, sys, threading, warnings
@@ -135,6 +136,13 @@ def scores_of(score, # Function of logits
     raise ValueError(f"a target that is a function must give one score for each image, shape ({len(logits)},); got {got}")
 
 # %% ../nbs/04_gradcam.ipynb #72d859dd
+def as_heatmaps(maps:torch.Tensor # (N, H, W), signed
+               )->torch.Tensor: # (N, H, W) in [0, 1]
+    "The positive part of each map, divided by its largest value (all 0 where nothing is positive)"
+    positive = maps.clamp(min=0)
+    top = positive.amax((1,2), keepdim=True)
+    return torch.where(top > 0, positive/top.clamp(min=torch.finfo(positive.dtype).tiny), 0.)
+
 @dataclass(frozen=True, eq=False)
 class CAMResult:
     "Class activation maps of N images"
@@ -158,9 +166,7 @@ class CAMResult:
     @property
     def heatmaps(self)->torch.Tensor:
         "float32 (N, H, W) in [0, 1]: `positive`, each map divided by its largest value (all 0 where nothing is positive)"
-        up = self.positive
-        top = up.amax((1,2), keepdim=True)
-        return torch.where(top > 0, up/top.clamp(min=torch.finfo(up.dtype).tiny), 0.)
+        return as_heatmaps(self.positive)
 
     @property
     def status(self)->list:

@@ -78,6 +78,7 @@ class FinerCAM(GradCAM):
         self.gamma,self.n = gamma,n
 
     def explained(self, logits, target):
+        if logits.shape[1] < 2: raise ValueError("FinerCAM compares classes, and this model has only one; take GradCAM")
         if callable(target): raise TypeError("FinerCAM compares classes, so target must be None, an int or N ints; for a function of logits take GradCAM")
         score,classes = super().explained(logits, target)
         apart = (logits-score(logits)[:,None]).abs().scatter(1, classes[:,None], float('inf'))
