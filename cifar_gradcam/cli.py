@@ -23,6 +23,7 @@ from . import __version__
 from .analysis import (calibration, class_table, explain, plot_accuracy, plot_class_accuracy, plot_confusion, plot_curves, plot_mistakes,
                                     plot_mistakes_cam, plot_mistakes_heatmaps, plot_calibration, plot_mistakes_pairs, predictions, print_class_accuracy, tensorboard_log)
 from .benchmark import benchmark
+from .peers import compare
 from .corruptions import plot_robustness, robustness
 from .data import cifar10, holdout, load_data, shapes
 from .docs import update_docs
@@ -261,9 +262,11 @@ def _parser():
     tests(c)
     c.add_argument('--images', type=int, default=1000, metavar='N', help='the first N test images (default: 1000; 10000 take ten times as long)')
     c.add_argument('--out', default='.', help='folder for the figure (default: this one)')
-    c = command('benchmark', 'Images a second in training beside a plain loop, and the share of the data pipeline.')
+    c = command('benchmark', 'Images a second in training beside a plain loop, and the share of the data pipeline; or what Grad-CAM costs.')
     c.add_argument('--rounds', type=int, default=5, help='how often each entrant has its turn (default: 5)')
-    c.add_argument('--everything', action='store_true', help='other batch sizes and torch.compile too (needs a C++ compiler, and minutes)')
+    what = c.add_mutually_exclusive_group()
+    what.add_argument('--everything', action='store_true', help='other batch sizes and torch.compile too (needs a C++ compiler, and minutes)')
+    what.add_argument('--peers', action='store_true', help='Grad-CAM here, in captum, in torchcam and in pytorch-grad-cam, instead of training (on the CPU; needs the extra `bench`, and minutes)')
     c.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
     c = command('explain', 'What a model sees in pictures of any size, and where.')
     c.add_argument('images', nargs='+', metavar='IMAGE', help='picture files')
@@ -287,7 +290,7 @@ def main(argv=None # Arguments; None: those of the command line
         elif args.command == 'robustness':
             matplotlib.use('agg')
             robustness_of_model(args.model, args.dataset, args.data, args.images, args.out)
-        elif args.command == 'benchmark': print(benchmark(args.rounds, everything=args.everything, device=args.device))
+        elif args.command == 'benchmark': print(compare(rounds=args.rounds) if args.peers else benchmark(args.rounds, everything=args.everything, device=args.device))
         elif args.command == 'explain':
             matplotlib.use('agg')
             explain_images(args.images, args.model, args.out, args.layer, args.target)
