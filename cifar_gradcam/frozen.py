@@ -70,14 +70,21 @@ class Winograd(nn.Conv2d):
         if not self.fits(conv): raise ValueError(f"Winograd takes a 3 x 3 convolution with stride 1, padding 1, no dilation and no groups, got {conv}")
         super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, device='meta')
         self.weight,self.bias = conv.weight,conv.bias
-        self.register_buffer('transformed', _transformed(conv.weight.detach()), persistent=False)
-        self._turned = None
+        self.register_buffer('transformed', None, persistent=False)
+        self._transform()
 
     @staticmethod
     def fits(conv # Any module
             )->bool:
         "Is it a convolution that this class can take the place of?"
         return type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) == ((3,3), (1,1), (1,1), (1,1), 1, 'zeros')
+
+    @property
+    def _writes(self): return None if self.weight.is_inference() else self.weight._version # torch counts what is written into a tensor
+
+    def _transform(self):
+        w = self.weight.detach()
+        self.transformed,self._turned,self._made_of = _transformed(w),None,self._writes
 
     @property
     def turned(self): # the filters of the backward pass; most uses need none
@@ -87,6 +94,7 @@ class Winograd(nn.Conv2d):
     def forward(self, x):
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         if trains or x.device.type != 'cpu' or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu'): return super().forward(x)
+        if self._made_of != self._writes: self._transform() # the weights were trained meanwhile, or loaded
         return _Convolve.apply(x, self)
 
 # %% ../nbs/02b_frozen.ipynb #ca184ce0
@@ -118,5 +126,5 @@ def frozen(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     for name,m in list(quick.named_modules()):
         if Winograd.fits(m) and min(m.weight.shape[:2]) >= 64 and m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu' and not _hooked(m): _put(quick, name, Winograd(m))
     plain,quick = (m.to(memory_format=torch.channels_last) for m in (plain,quick))
-    with torch.no_grad(): a,b = plain(images[:1]),quick(images[:1])
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False): a,b = plain(images[:1]),quick(images[:1])
     return quick if isinstance(a, torch.Tensor) and (a-b).abs().max() <= 1e-3*a.abs().max() else plain

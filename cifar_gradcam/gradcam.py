@@ -512,7 +512,7 @@ def _pieces(batches, n): # the same images, n at a time
 def _copies(model, images, keep, n): # n of them, quick, and with the same weights; or the model itself, where that can't be copied
     if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in model.modules()): return [model] # parts of it are compiled
     try: quick = frozen(model, images, keep)
-    except RuntimeError: return [model] # it keeps tensors of a graph, say
+    except (RuntimeError, TypeError): return [model] # it keeps a tensor of a graph, say, or a lock
     shared = {id(t): t for t in (*quick.parameters(), *quick.buffers())}
     return [quick, *(copy.deepcopy(quick, dict(shared)) for _ in range(n-1))]
 
