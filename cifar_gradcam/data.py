@@ -92,7 +92,7 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
         ax.set_title('\n'*max(len(title)-1,0) + ' ', fontsize=8, pad=2) # room for the lines, which are drawn one by one
         for k,(text,color) in enumerate(reversed(title)):
             ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points', ha='center', va='bottom', fontsize=8, color=color)
-    if colorbar: fig.colorbar(drawn, ax=axs, label=colorbar, fraction=.05, pad=.02)
+    if colorbar: fig.colorbar(drawn, ax=axs, fraction=.05, pad=.02).set_label(colorbar, fontsize=min(10, 120*height/len(colorbar))) # along a single row a long label has to be small
     if suptitle: fig.suptitle(suptitle, fontsize=10)
     return fig
 

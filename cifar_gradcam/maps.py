@@ -185,7 +185,7 @@ def visualize(cam:CAMMethod, # The method, on a model and a layer
     a.set_title(f'the picture, {h:,} x {w:,} pixels', fontsize=9)
     b.set_title(f'{result.method} at {result.layer}' + ('' if result.target is None else f' for {info.classes[int(result.target[0])]!r}')
                 + ('' if result.status == ['ok'] else f' (the map is {result.status[0]})'), fontsize=9)
-    fig.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), cax=scale, label="share of the map's maximum")
+    fig.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), cax=scale).set_label("share of the map's maximum", fontsize=8)
     prob = result.logits[0].softmax(0).cpu()
     top = prob.argsort(descending=True, stable=True)[:5].tolist()
     bars.barh(range(len(top)), [100*float(prob[k]) for k in top], color=['tab:red' if result.target is not None and k == result.target[0] else 'tab:blue' for k in top])
