@@ -23,13 +23,13 @@ from . import __version__
 from .analysis import (calibration, class_table, explain, plot_accuracy, plot_class_accuracy, plot_confusion, plot_curves, plot_mistakes,
                                     plot_mistakes_cam, plot_mistakes_heatmaps, plot_calibration, plot_mistakes_pairs, predictions, print_class_accuracy, tensorboard_log)
 from .benchmark import benchmark
-from .peers import compare
 from .corruptions import plot_robustness, robustness
 from .data import cifar10, holdout, load_data, shapes
 from .docs import update_docs
 from .gradcam import CMAP, find_layer, overlay
 from .files import write_atomically
 from .model import PRETRAINED, load_model, save_model
+from .peers import compare
 from .training import RECIPES, Recipe, fit, pick_device, process_group, rank_and_world
 from .transforms import gallery
 
@@ -290,7 +290,10 @@ def main(argv=None # Arguments; None: those of the command line
         elif args.command == 'robustness':
             matplotlib.use('agg')
             robustness_of_model(args.model, args.dataset, args.data, args.images, args.out)
-        elif args.command == 'benchmark': print(compare(rounds=args.rounds) if args.peers else benchmark(args.rounds, everything=args.everything, device=args.device))
+        elif args.command == 'benchmark' and args.peers:
+            if args.device not in (None,'cpu'): raise ValueError(f"--peers measures on the CPU, got --device {args.device}")
+            print(compare(rounds=args.rounds))
+        elif args.command == 'benchmark': print(benchmark(args.rounds, everything=args.everything, device=args.device))
         elif args.command == 'explain':
             matplotlib.use('agg')
             explain_images(args.images, args.model, args.out, args.layer, args.target)

@@ -29,9 +29,11 @@ def _forward_pass(model):
     def run(batches, target): return torch.cat([model(x) for x in batches])
     return run
 
+def _pairs(batches, target): return zip(batches, target.split(len(batches[0])))
+
 def _ours(model):
     cam = GradCAM(model, 'layer4')
-    return lambda batches, target: torch.cat([cam(x, t).raw for x,t in zip(batches, target.split(len(batches[0])))])
+    return lambda batches, target: torch.cat([cam(x, t).raw for x,t in _pairs(batches, target)])
 
 def _stream(model):
     cam = GradCAM(model, 'layer4')
@@ -40,13 +42,13 @@ def _stream(model):
 def _captum(model):
     from captum.attr import LayerGradCam
     cam = LayerGradCam(model, model.layer4)
-    return lambda batches, target: torch.cat([cam.attribute(x, t).detach()[:,0] for x,t in zip(batches, target.split(len(batches[0])))])
+    return lambda batches, target: torch.cat([cam.attribute(x, t).detach()[:,0] for x,t in _pairs(batches, target)])
 
 def _torchcam(model):
     from torchcam.methods import GradCAM as TorchCAM
     def run(batches, target):
         with TorchCAM(model, 'layer4') as cam:
-            return torch.cat([cam(t.tolist(), model(x), normalized=False)[0].detach() for x,t in zip(batches, target.split(len(batches[0])))])
+            return torch.cat([cam(t.tolist(), model(x), normalized=False)[0].detach() for x,t in _pairs(batches, target)])
     return run
 
 def _pytorch_grad_cam(model):
@@ -54,7 +56,7 @@ def _pytorch_grad_cam(model):
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     def run(batches, target):
         with PytorchGradCAM(model, [model.layer4]) as cam:
-            return torch.cat([torch.from_numpy(cam(x, [ClassifierOutputTarget(c) for c in t.tolist()])) for x,t in zip(batches, target.split(len(batches[0])))])
+            return torch.cat([torch.from_numpy(cam(x, [ClassifierOutputTarget(c) for c in t.tolist()])) for x,t in _pairs(batches, target)])
     return run
 
 ENTRANTS = {'forward pass alone': _forward_pass, 'cifar_gradcam, stream': _stream, 'cifar_gradcam, call': _ours, 'captum': _captum,
