@@ -24,7 +24,7 @@ setup(
                  f"Natural Language :: {cfg['language']}",
                  'Programming Language :: Python :: 3'],
     packages=find_packages(include=[f"{cfg['lib_path']}*"]),
-    package_data={cfg['lib_path']: ['*.safetensors']}, # the pretrained weights
+    package_data={cfg['lib_path']: ['*.safetensors', 'assets/*']}, # the pretrained weights; what the pages of the docs are made with
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('bench','dev')},

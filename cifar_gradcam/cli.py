@@ -30,6 +30,8 @@ from .gradcam import CMAP, find_layer, overlay
 from .files import write_atomically
 from .model import PRETRAINED, load_model, save_model
 from .peers import compare
+from .report import write_report
+from .site import build_site, check_site
 from .training import RECIPES, Recipe, fit, pick_device, process_group, rank_and_world
 from .transforms import gallery
 
@@ -86,7 +88,7 @@ def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
         device=None, # None: the best there is
         **kwargs # `amp`, `n_workers`, `save_every`: see `training.Trainer`
        )->dict: # What metrics.json holds
-    "Train, evaluate and explain; write model, history, metrics and figures into one folder"
+    "Train, evaluate and explain; write model, history, metrics, figures and the report into one folder"
     with process_group(device := pick_device(device)):
         rank,world = rank_and_world()
         def say(text):
@@ -113,9 +115,11 @@ def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
     save_model(t.model, folder/'model.safetensors', replace(t.info, metrics={**t.info.metrics, 'evaluated_on': test.split}))
     write_atomically(folder/'metrics.json', json.dumps(metrics, indent=1).encode())
     files = write_figures(folder/'figures', t, p)
+    write_report(folder/'report.html', t.model, p, t.info, t.history, versions() | dict(device=str(t.device)))
     print_class_accuracy(p)
     print(f"{test.name} {test.split}: accuracy {p.accuracy:.2f} %, training accuracy {last['train_accuracy']:.2f} %, {last['pflop']:.3f} PFLOP, "
-          f"{last['seconds']:.0f} s of training\nin '{folder}': model.safetensors, history.json, metrics.json, {len(files)} figures")
+          f"{last['seconds']:.0f} s of training\n"
+          f"in '{folder}': report.html, model.safetensors, history.json, metrics.json, {len(files)} figures")
     return metrics
 
 # %% ../nbs/06_cli.ipynb #460d2f01
@@ -240,7 +244,7 @@ def _parser():
         c = sub.add_parser(name, help=help, description=help)
         c.add_argument('--debug', action='store_true', help='show the traceback of an error')
         return c
-    c = command('run', 'Train, evaluate and explain; write model, history, metrics and figures into one folder.')
+    c = command('run', 'Train, evaluate and explain; write model, history, metrics, figures and a report, report.html, into one folder.')
     c.add_argument('--dataset', default='auto', choices=('auto','cifar10','shapes'), help='auto: CIFAR-10 if it is there or can be downloaded, else Shapes')
     c.add_argument('--recipe', choices=list(RECIPES), help="how to train (default: 'fast' for CIFAR-10, 'shapes' for Shapes)")
     c.add_argument('--folder', help='where everything goes; a run found there goes on (default: runs/<data set>-<recipe>[-<settings>][-seed<seed>])')
@@ -274,11 +278,11 @@ def _parser():
     c.add_argument('--out', default='.', help='folder for the PNG files (default: this one)')
     c.add_argument('--layer', default='layer4', help='dotted name of the layer (default: layer4)')
     c.add_argument('--target', help='class to explain, by name or number (default: the predicted one)')
-    command('docs', 'For who works on this project: bring README.md and links in line with the notebooks and settings.ini.')
+    command('docs', 'For who works on this project: bring README.md and links in line with the notebooks and settings.ini, build the web site of the docs, and check it.')
     return p
 
 def main(argv=None # Arguments; None: those of the command line
-        )->int: # Exit code: 0, 2 for an error, 130 when interrupted
+        )->int: # Exit code: 0, 1 where `docs` found faults in its pages, 2 for an error, 130 when interrupted
     "The command `cifar-gradcam`"
     args = _parser().parse_args(argv)
     try:
@@ -299,6 +303,11 @@ def main(argv=None # Arguments; None: those of the command line
             explain_images(args.images, args.model, args.out, args.layer, args.target)
         else:
             for path in update_docs(): print(f'updated {path}')
+            out = build_site()
+            problems = check_site(out)
+            print(f"'{out/'index.html'}': {len(list(out.glob('*.html')))} pages, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file())/1e6:.1f} MB; all links, anchors and figures checked")
+            for problem in problems: print(problem, file=sys.stderr)
+            return int(bool(problems))
     except KeyboardInterrupt:
         print('\ninterrupted' + ('; the same command goes on from there' if args.command=='run' else ''), file=sys.stderr)
         return 130
