@@ -309,4 +309,4 @@ def plot_mistakes_pairs(model, # The model that made the predictions
         says = [(p.data.classes[c], p.probabilities[i,c]) for c in (p.predicted[i], p.data.labels[i])]
         cells += [image, *(overlay(image,m,alpha) for m in pair)]
         titles += [[(f'image {i}','black')], [(f'{says[0][0]} {says[0][1]:.2f}','tab:red')], [(f'{says[1][0]} {says[1][1]:.2f}','tab:blue')]]
-    return show_images(cells, titles, ncols=9, **_SCALE, colorbar="share of the pair's maximum", suptitle=f'{p.data.name} {p.data.split}: what speaks for the predicted class (red) and for the actual one (blue)')
+    return show_images(cells, titles, ncols=9 if len(idx) > 4 else 3, **_SCALE, colorbar="share of the pair's maximum", suptitle=f'{p.data.name} {p.data.split}: what speaks for the predicted class (red) and for the actual one (blue)')

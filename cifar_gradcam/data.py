@@ -7,7 +7,7 @@ __all__ = ['CIFAR10_CLASSES', 'SHAPE_CLASSES', 'ImageSet', 'holdout', 'show_imag
            'coverage', 'draw_shape', 'shapes', 'load_data', 'reseed', 'Batches', 'loader']
 
 # %% ../nbs/00_data.ipynb #8a81290a
-import hashlib, html, http.client, math, os, signal, socket
+import hashlib, html, http.client, math, os, signal, socket, textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,8 +83,10 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
     lines = max(map(len, titles))
     ncols = min(ncols, len(images))
     nrows = math.ceil(len(images)/ncols)
-    height = nrows*(cell + .16*lines + .1) + .04 + (.4 if suptitle else 0)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(ncols*(cell+.08) + (.7 if colorbar else 0), height), squeeze=False, layout='constrained')
+    width = ncols*(cell+.08) + (.7 if colorbar else 0)
+    head = textwrap.wrap(suptitle or '', max(10, int(13*width))) # 13 letters an inch
+    height = nrows*(cell + .16*lines + .1) + .04 + (.23 + .17*len(head) if head else 0)
+    fig,axs = plt.subplots(nrows, ncols, figsize=(width,height), squeeze=False, layout='constrained')
     fig.get_layout_engine().set(w_pad=.03, h_pad=.05, wspace=.02, hspace=.02)
     for ax in axs.flat: ax.axis('off')
     for ax,image,title in zip(axs.flat, images, titles):
@@ -93,7 +95,7 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
         for k,(text,color) in enumerate(reversed(title)):
             ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points', ha='center', va='bottom', fontsize=8, color=color)
     if colorbar: fig.colorbar(drawn, ax=axs, fraction=.05, pad=.02).set_label(colorbar, fontsize=min(10, 120*height/len(colorbar))) # along a single row a long label has to be small
-    if suptitle: fig.suptitle(suptitle, fontsize=10)
+    if head: fig.suptitle('\n'.join(head), fontsize=10)
     return fig
 
 # %% ../nbs/00_data.ipynb #bff125e5

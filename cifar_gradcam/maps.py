@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SIGNED', 'mean_maps', 'plot_mean_maps', 'plot_layers', 'mistakes_table', 'plot_confident_mistakes', 'contrast_maps',
-           'plot_contrasts', 'resized', 'explain_picture', 'visualize']
+           'plot_contrasts', 'read_image', 'resized', 'explain_picture', 'plot_explanation', 'visualize']
 
 # %% ../nbs/05b_maps.ipynb #02bb4ae1
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastcore.basics import patch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import resize
 
 from .analysis import Predictions
@@ -142,6 +144,23 @@ def plot_contrasts(cam:CAMMethod, # The method, on the model that made the predi
     return show_images(cells, titles, ncols=4, cmap=SIGNED, vmin=-limit, vmax=limit, colorbar='logits per place of the map',
                        suptitle=f'{p.data.name} {p.data.split}: {results[0].method} at {results[0].layer}\nfor the predicted class, the actual one, and their contrast')
 
+# %% ../nbs/05b_maps.ipynb #91f3ac58
+def read_image(path # An image file, in any format that Pillow reads
+              )->np.ndarray: # uint8 (H, W, 3)
+    "Read a picture, turned as its camera says. Raises `FileNotFoundError`, or `ValueError` if it is no image"
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"no such image: '{path}'")
+    try:
+        with Image.open(path) as im:
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im)>>8).astype(np.uint8)) # convert() would cut off at 255
+            if im.has_transparency_data: # what is transparent is shown on white
+                im = im.convert('RGBA')
+                im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+            return np.array(im.convert('RGB'))
+    except UnidentifiedImageError as e: raise ValueError(f"'{path}' is not an image that Pillow can read") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f"'{path}' is a damaged image ({e})") from e
+
 # %% ../nbs/05b_maps.ipynb #df952b2e
 def resized(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W)
             size=32, # The shorter side of what comes out, pixels (the proportions stay), or (h, w)
@@ -166,21 +185,18 @@ def explain_picture(cam:CAMMethod, # The method, on a model and a layer
     return replace(result, size=picture.shape[:2])
 
 # %% ../nbs/05b_maps.ipynb #fd7bc8cc
-def visualize(cam:CAMMethod, # The method, on a model and a layer
-              picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of any size
-              info:ModelInfo=ModelInfo(), # For its normalisation, and the names of the classes
-              target=None, # What to explain: None (the predicted class), an int, or a function of the logits
-              size=32, # What the model is fed: the shorter side, pixels, or (h, w)
-              alpha:float=.4, # Share of the heat map, 0..1
-             ): # The matplotlib figure
+def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W)
+                     result:CAMResult, # Of `explain_picture`
+                     info:ModelInfo=ModelInfo(), # For the names of the classes
+                     alpha:float=.4, # Share of the heat map, 0..1
+                    ): # The matplotlib figure
     "The picture, the map laid over it at its full resolution, and the most probable classes"
-    result = explain_picture(cam, picture, info, target, size)
     if len(info.classes) != result.logits.shape[1]: raise ValueError(f"the model has {result.logits.shape[1]} classes, and info names {len(info.classes)}: give ModelInfo(classes=...), with its mean and std")
     if picture.ndim == 2: picture = np.stack([picture]*3, -1)
     h,w = picture.shape[:2]
     fig,(a,b,scale,bars) = plt.subplots(1, 4, figsize=(10, np.clip(3.3*h/w+.6, 2.2, 6)), layout='constrained', width_ratios=(1,1,.04,.6))
     for ax,image in ((a,picture),(b,overlay(picture, result.heatmaps[0], alpha))):
-        ax.imshow(image)
+        ax.imshow(image, interpolation='nearest' if max(h, w) <= 128 else 'antialiased') # the pixels of a small picture are to be seen
         ax.axis('off')
     a.set_title(f'the picture, {h:,} x {w:,} pixels', fontsize=9)
     b.set_title(f'{result.method} at {result.layer}' + ('' if result.target is None else f' for {info.classes[int(result.target[0])]!r}')
@@ -194,3 +210,13 @@ def visualize(cam:CAMMethod, # The method, on a model and a layer
     bars.set(xlim=(0,100), xlabel='probability, %')
     for ax in (scale,bars): ax.tick_params(labelsize=8)
     return fig
+
+def visualize(cam:CAMMethod, # The method, on a model and a layer
+              picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of any size
+              info:ModelInfo=ModelInfo(), # For its normalisation, and the names of the classes
+              target=None, # What to explain: None (the predicted class), an int, or a function of the logits
+              size=32, # What the model is fed: the shorter side, pixels, or (h, w)
+              alpha:float=.4, # Share of the heat map, 0..1
+             ): # The matplotlib figure
+    "Explain a picture of any size, and draw it: `explain_picture`, then `plot_explanation`"
+    return plot_explanation(picture, explain_picture(cam, picture, info, target, size), info, alpha)
