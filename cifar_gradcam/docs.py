@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 from .files import write_atomically
 
@@ -51,7 +52,8 @@ def to_markdown(nb, # Notebook, as `nbformat.read` gives it
         cells.append(c)
     # highlighting needs the language, which nbdev_clean takes out of the notebook
     new = nbformat.v4.new_notebook(cells=cells, metadata={'language_info': {'name': 'python'}})
-    text,_ = MarkdownExporter().from_notebook_node(new)
+    plain = Config({'NbConvertBase': {'display_data_priority': ['image/png','text/plain']}}) # GitHub shows neither styles nor embedded pictures
+    text,_ = MarkdownExporter(config=plain).from_notebook_node(new)
     links = re.sub(r'\]\((\d\d[a-z]?_\w+\.ipynb)\)', r'](nbs/\1)', text)
     return re.sub(r'\n{3,}', '\n\n', links).strip()+'\n'
 

@@ -9,7 +9,7 @@ __all__ = ['CMAP', 'unwrapped', 'find_layer', 'tokens_to_map', 'channels_first',
            'overlay']
 
 # %% ../nbs/04_gradcam.ipynb #3f3ffe4d
-import copy, difflib, itertools, json, queue, sys, threading, warnings
+import copy, difflib, html, itertools, json, queue, sys, threading, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from .data import html_image
 from .files import write_atomically
 from .frozen import frozen
 from .model import eval_mode
@@ -575,3 +576,20 @@ def overlay(image:np.ndarray, # uint8 (H, W, 3), of any size
     if heatmap.shape != image.shape[:2]:
         heatmap = cv2.resize(heatmap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0,1)
     return np.round((1-alpha)*image + alpha*colorize(heatmap)).astype(np.uint8)
+
+# %% ../nbs/04_gradcam.ipynb #a1c40d22
+@patch
+def _repr_html_(self:CAMResult):
+    some = self[:8]
+    positive = some.raw.cpu().nan_to_num(0,0,0).clamp(min=0)[:,None]
+    h,w = positive.shape[2:]
+    if max(h,w) > 64: positive = F.interpolate(positive, scale_factor=64/max(h,w), mode='area') # a notebook keeps what it shows
+    figures = []
+    for k,(m,status,heat) in enumerate(zip(some.raw, some.status, colorize(as_heatmaps(positive[:,0])))):
+        says = 'a function' if some.target is None else f'class {int(some.target[k])} ({some.logits[k].softmax(0)[some.target[k]].item():.2f})'
+        says += '' if status == 'ok' else f', {status}'
+        top = '; strongest in row {} of {}, column {} of {}'.format(int(m.argmax())//w+1, h, int(m.argmax())%w+1, w) if status == 'ok' else ''
+        image = html_image(cv2.imencode('.png', heat[...,::-1])[1].tobytes(), f'map {k+1}: {says}{top}', 'width:72px;image-rendering:pixelated')
+        figures.append(f'<figure style="margin:2px;width:84px;text-align:center">{image}<figcaption>{says}</figcaption></figure>')
+    more = f'<p>and {len(self)-8:,} more</p>' if len(self) > 8 else ''
+    return f'<div><p>{html.escape(repr(self))}</p><div style="display:flex;flex-wrap:wrap">{"".join(figures)}</div>{more}</div>'

@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'Recipe', 'pick_device', 'amp_dtype', 'progress_bar', 'pre
            'rank_and_world', 'Trainer', 'Stopped', 'fit']
 
 # %% ../nbs/03_training.ipynb #0b9d9de1
-import json, math, os, signal, sys, threading, time
+import html, json, math, os, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -184,6 +184,26 @@ def evaluate(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
     return F.cross_entropy(logits, y).item(), 100*(logits.argmax(1)==y).double().mean().item()
 
 # %% ../nbs/03_training.ipynb #d921898e
+def _curve(epochs, key, top, x, dash): # SVG of one curve in a panel 200 wide and 100 high, which starts at `x`; what was not measured, or is infinite, is left out
+    ends = max(e['epoch'] for e in epochs)
+    at = [f"{x + 200*e['epoch']/ends:.1f},{110 - 100*e[key]/top:.1f}" for e in epochs if e[key] is not None and math.isfinite(e[key])]
+    points = ''.join('<circle cx="{}" cy="{}" r="2.5" fill="currentColor"/>'.format(*p.split(',')) for p in at)
+    return f'<polyline points="{" ".join(at)}" fill="none" stroke="currentColor" stroke-dasharray="{dash}"/>{points}'
+
+def _curves(h): # SVG without a colour of its own, so that it can be read on a light and on a dark page
+    if not h.epochs: return ''
+    parts = []
+    for x,name,train,test,unit,top in ((45,'loss','train_loss','test_loss',', nats',None), (305,'accuracy','train_accuracy','test_accuracy',', %',100)):
+        top = top or max((v for e in h.epochs for k in (train,test) if (v := e[k]) is not None and math.isfinite(v)), default=0) or 1
+        parts.append(f'<path d="M{x} 10V110H{x+200}" fill="none" stroke="currentColor" opacity=".5"/><text x="{x+100}" y="9" text-anchor="middle">{name}{unit}</text>'
+                     f'<text x="{x-4}" y="16" text-anchor="end">{top:.3g}</text><text x="{x-4}" y="113" text-anchor="end">0</text>'
+                     f'<text x="{x+200}" y="124" text-anchor="end">epoch {h.epochs[-1]["epoch"]}</text>'
+                     + _curve(h.epochs, train, top, x, '3 3') + _curve(h.epochs, test, top, x, 'none'))
+    what = f"{h.dataset}, recipe '{h.recipe.get('name')}': training (dashed) and test"
+    return (f'<svg role="img" aria-label="{html.escape(what)}: loss and accuracy by epoch, the numbers of the table" viewBox="0 0 520 145" width="520" '
+            f'style="max-width:100%" font-size="11" fill="currentColor" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}'
+            f'<text x="45" y="140">{html.escape(what)}</text></svg>')
+
 @dataclass
 class History:
     "What happened in training, as numbers; `save` and `load` keep it as JSON"
@@ -209,7 +229,7 @@ class History:
               num(e['pflop'],4), num(e['seconds'],0)) for e in self.epochs])
 
     def __repr__(self): return repr(self.table)
-    def _repr_html_(self): return self.table._repr_html_()
+    def _repr_html_(self): return f"<div>{self.table._repr_html_()}{_curves(self)}</div>"
 
 # %% ../nbs/03_training.ipynb #f24fd446
 @contextmanager
