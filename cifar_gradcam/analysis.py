@@ -93,12 +93,13 @@ def plot_class_accuracy(p:Predictions # Of a data set
                        ): # The matplotlib figure
     "The accuracy of every class as bars, with the mean as a line"
     fig,ax = plt.subplots(figsize=(6.4,2.6), layout='constrained')
-    bars = ax.bar(p.data.classes, p.class_accuracy, color='tab:blue')
-    ax.bar_label(bars, fmt='%.0f', fontsize=8, padding=-13, color='white')
-    ax.axhline(p.accuracy, color='tab:red', lw=1, label=f'all: {p.accuracy:.2f} %')
-    ax.set(ylim=(0,100), ylabel='accuracy, %', title=f'{p.data.name} {p.data.split}: accuracy of each class')
+    ax.bar(p.data.classes, p.class_accuracy, color='tab:blue')
+    for i,a in enumerate(p.class_accuracy): # at the foot of the bars, where the line does not run through them; where a bar is too low for it, above
+        if np.isfinite(a): ax.annotate(f'{a:.0f}', (i, 0 if a >= 15 else a), (0,3), 'data', 'offset points', ha='center', fontsize=8, color='white' if a >= 15 else 'black')
+    ax.axhline(p.accuracy, color='tab:red', lw=1)
+    ax.set(ylim=(0,100), ylabel='accuracy, %')
+    ax.set_title(f'{p.data.name} {p.data.split}: accuracy of each class, and of all ({p.accuracy:.2f} %, the line)', fontsize=10)
     ax.tick_params(axis='x', labelsize=8)
-    ax.legend(loc='lower right', fontsize=8)
     return fig
 
 # %% ../nbs/05_analysis.ipynb #5474dc6a
@@ -119,9 +120,10 @@ def plot_confusion(p:Predictions # Of a data set
     return fig
 
 # %% ../nbs/05_analysis.ipynb #4b16be83
-def _epoch_axis(ax): # only whole epochs have a tick
+def _epoch_axis(ax): # from 0, and only whole epochs have a tick
     ax.set_xlabel('epoch')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 def plot_curves(history:History # Of a run, finished or under way
                ): # The matplotlib figure
@@ -129,11 +131,11 @@ def plot_curves(history:History # Of a run, finished or under way
     fig,axs = plt.subplots(2, 2, figsize=(8,5), layout='constrained')
     loss,epochs = np.array(history.batch_loss),[e['epoch'] for e in history.epochs]
     w = max(1, len(loss)//100)
-    axs[0,0].plot(loss, color='tab:blue', alpha=.3, lw=.7)
-    if len(loss) >= w: axs[0,0].plot(np.arange(w-1,len(loss)), np.convolve(loss, np.ones(w)/w, 'valid'), color='tab:blue', label=f'mean of {w}')
+    axs[0,0].plot(loss, color='tab:blue', alpha=.3 if w > 1 else 1, lw=.7)
+    if w > 1: axs[0,0].plot(np.arange(w-1,len(loss)), np.convolve(loss, np.ones(w)/w, 'valid'), color='tab:blue', label=f'mean of {w}')
     smooth = history.recipe.get('label_smoothing')
     axs[0,0].set(title='training loss per batch' + (f' (labels smoothed by {smooth:g})' if smooth else ''), xlabel='batch', ylabel='loss, nats')
-    axs[0,0].legend(fontsize=8)
+    if w > 1: axs[0,0].legend(fontsize=8)
     for ax,key,title,label in ((axs[0,1],'test_loss','test loss','loss, nats'), (axs[1,0],'train_accuracy','training accuracy','accuracy, %'),
                                (axs[1,1],'test_accuracy','test accuracy','accuracy, %')):
         ax.plot(epochs, [np.nan if e[key] is None else e[key] for e in history.epochs], 'o-', color='tab:blue' if 'train' in key else 'tab:orange')
@@ -154,7 +156,8 @@ def plot_accuracy(history:History # Of a run, finished or under way
     for e in history.epochs: ax.annotate(f"{e['size']} px", (e['epoch'],0), (0,3), 'data', 'offset points', ha='center', fontsize=7, color='gray')
     ax.set(ylim=(0,100), ylabel='accuracy, %', title=f"{history.dataset}, recipe '{history.recipe.get('name')}'")
     _epoch_axis(ax)
-    ax.legend(fontsize=8, loc='lower right', bbox_to_anchor=(1,.08)); ax.grid(alpha=.3)
+    ax.grid(alpha=.3)
+    fig.legend(fontsize=8, loc='outside lower center', ncols=2)
     return fig
 
 # %% ../nbs/05_analysis.ipynb #e0ad6d46

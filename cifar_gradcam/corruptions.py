@@ -105,6 +105,6 @@ def plot_robustness(r:Robustness # What `robustness` measured
     ax.set_yticks(range(len(r.kinds)), r.kinds, fontsize=8)
     ax.set_xticks(range(5), range(1,6), fontsize=8)
     ax.set_xlabel('strength', fontsize=8)
-    ax.set_title(f'clean {r.clean:.1f} %, mean under corruptions {r.mean:.1f} %', fontsize=10)
-    fig.colorbar(im, label='accuracy, %')
+    fig.suptitle(f'accuracy: clean {r.clean:.1f} %, mean under corruptions {r.mean:.1f} %', fontsize=10)
+    fig.colorbar(im).set_label('%', fontsize=8)
     return fig

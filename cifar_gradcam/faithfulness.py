@@ -422,8 +422,10 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
 # %% ../nbs/04c_faithfulness.ipynb #b260896b
 def plot_faithfulness(result:Faithfulness # What was measured
                      ): # The matplotlib figure
-    "Every score of every method, with 95 % intervals; baselines in grey"
+    "Every score of every method, with 95 % intervals; a colour for each layer, baselines in grey"
     names,methods = result.names,list(result.scores)[::-1]
+    def layer(method): return method.partition(', ')[2]
+    colours = {l: f'C{i}' for i,l in enumerate(dict.fromkeys(map(layer, result.scores)))}
     ncols = min(4, len(names))
     nrows = -(-len(names)//ncols)
     fig,axs = plt.subplots(nrows, ncols, figsize=(1.2+1.7*ncols, nrows*(.6+.17*len(methods))), sharey=True, squeeze=False, layout='constrained')
@@ -431,9 +433,10 @@ def plot_faithfulness(result:Faithfulness # What was measured
     for ax,s in zip(axs.flat, names):
         for y,m in enumerate(methods):
             mean,low,high = bootstrap(result.scores[m][s])
-            ax.plot([low,high], [y,y], '-', [mean], [y], 'o', ms=4, lw=1.2, color='gray' if m in BASELINES else 'tab:blue')
+            ax.plot([low,high], [y,y], '-', [mean], [y], 'o', ms=4, lw=1.2, color='gray' if m in BASELINES else colours[layer(m)])
         if s == 'GridPG': ax.axvline(1/4, color='gray', lw=.7, ls='--') # chance
         ax.set_yticks(range(len(methods)), methods)
+        ax.set_ylim(-.7, len(methods)-.3)
         ax.set_title(f"{s} {SCORES[s]}", fontsize=9)
         ax.tick_params(labelsize=7); ax.grid(axis='x', alpha=.3)
     return fig
