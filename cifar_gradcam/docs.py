@@ -39,7 +39,7 @@ SET_UP = 'c01abc01' # the id of the cell, by which it is found again
 
 def set_up(cfg:dict # Of `settings`
           )->str: # Source of the first cell of every notebook
-    "What a notebook does in Colab before all else"
+    "What every notebook does in Colab before all else"
     return f"""#| hide
 if 'google.colab' in str(get_ipython()): # there a notebook comes alone: fetch the project it belongs to, and what it needs
     import os, sys
@@ -75,7 +75,7 @@ def skip_long(shell, # IPython's, from `get_ipython()`
     def left_out(lines):
         given = [l.removeprefix('#|').strip() for l in lines if l.startswith('#|')]
         if found := [d for d in given if d in flags or re.fullmatch(r'eval:\s*false', d)]:
-            return [f'print("Left out, as it takes long or is for who works on the project. To run this cell, delete its line \'#| {found[0]}\'.")\n']
+            return [f'print("Left out: it takes long, or is only for work on the project. To run it, delete its line \'#| {found[0]}\'.")\n']
         if any('nbdev_export()' in l for l in lines): return ['print("Left out: it writes the modules of the project.")\n']
         return lines
     shell.input_transformers_cleanup.append(left_out)
