@@ -56,8 +56,9 @@ def for_colab(nb:dict, # Notebook, as `json.load` gives it; the first cell has i
               name:str, # Of its file
               cfg:dict, # Of `settings`
              )->None:
-    "Give a notebook its badge and its first cell, in place"
+    "Give a notebook its badge and its first cell, in place. Raises `ValueError` where it has no title"
     title = nb['cells'][0]
+    if title['cell_type'] != 'markdown': raise ValueError(f"{name} begins with a {title['cell_type']} cell; its first cell must be markdown, with the title and the summary")
     text = re.sub(r'\n+\[!\[Open In Colab\].*', '', ''.join(title['source']))
     if name != 'index.ipynb':
         colab = 'https://colab.research.google.com'
