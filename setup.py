@@ -27,7 +27,7 @@ setup(
     package_data={cfg['lib_path']: ['*.safetensors', 'assets/*']}, # the pretrained weights; what the pages of the docs are made with
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('bench','notebook','dev')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('bench','notebook','colab','dev')},
     # the first group is how nbdev finds a package's symbols, for links from its docs and from others'
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
                   'console_scripts': cfg['console_scripts'].split()},
