@@ -33,6 +33,7 @@ def set_links(text:str, # Any text
     "Bring the addresses of this repository in `text` in line with the settings"
     own = f"{cfg['user']}/{cfg['repo']}"
     text = re.sub(r'(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[\w.-]+/nbs/', rf"\g<1>{own}/blob/{cfg['branch']}/nbs/", text)
+    text = re.sub(r'git clone https://github\.com/[\w.-]+/[\w.-]+ && cd [\w.-]+', f"git clone https://github.com/{own} && cd {cfg['repo']}", text)
     return re.sub(r'(github\.com/)[\w.-]+/[\w.-]+(?=/actions/workflows/)', rf'\g<1>{own}', text)
 
 # %% ../nbs/07_docs.ipynb #c0170002
@@ -47,7 +48,7 @@ if 'google.colab' in str(get_ipython()): # there a notebook comes alone: fetch t
     if not os.path.exists('../settings.ini'):
         ![ -d {cfg['repo']} ] || git clone -q --depth 1 -b {cfg['branch']} https://github.com/{cfg['user']}/{cfg['repo']}
         %cd -q {cfg['repo']}/{cfg['nbs_path']}
-    %pip install -q -e "..[notebooks]"
+    %pip install -q -e "..[colab]"
     sys.path.insert(0, os.path.abspath('..'))
     from {cfg['lib_path']}.docs import skip_long
     skip_long(get_ipython())"""

@@ -76,7 +76,7 @@ def read_page(path # Notebook
     elif m := re.match(r'# (.+)\n+> (.+)\n*', first): front,(title,summary) = {},m.groups()
     else: title = None
     if not title: raise ValueError(f"'{path}' must begin with '# Title' and '> what it is about', or with front matter that has a title; it begins with {first[:60]!r}")
-    cells[0] = nbformat.v4.new_markdown_cell(first[m.end():])
+    cells[0] = nbformat.v4.new_markdown_cell(re.sub(r'\[!\[Open In Colab\].*', '', first[m.end():])) # the page has a button for it
     modules = [d['default_exp'] for c in cells if c.cell_type=='code' and 'default_exp' in (d := directives(c.source)[0])]
     name = front.get('output-file') or re.sub(r'^\d+[a-zA-Z0-9]*_', '', path.stem.lower()) + '.html'
     return Page(path, title, summary, name, *(modules or [''])[:1], cells)
