@@ -156,6 +156,7 @@ def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
     peers = {'captum': 'captum', 'torchcam': 'torchcam', 'pytorch-grad-cam': 'grad-cam'}
     try: versions = {name: version(package) for name,package in peers.items()}
     except ImportError as e: raise ImportError(f"{e.name} is not installed; pip install \"cifar_gradcam[bench]\" brings the libraries to compare with") from None
+    if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
     if max(batch_sizes) > n_images: raise ValueError(f"n_images must be at least the largest batch, {max(batch_sizes)}, got {n_images}")
     model,images,target = _task(n_images, pretrained)
     some = slice(min(64, n_images))
