@@ -266,7 +266,7 @@ def main(argv=None # Arguments; None: those of the command line
             for path in update_docs(): print(f'updated {path}')
             out = build_site()
             problems = check_site(out)
-            print(f"'{out/'index.html'}': {len(list(out.glob('*.html')))} pages, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file())/1e6:.1f} MB; all links, anchors and figures checked")
+            print(f"'{out/'index.html'}': {len(list(out.glob('*.html')))} pages, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file())/1e6:.1f} MB; links, anchors and figures checked: {len(problems) or 'no'} fault{'s'*(len(problems) != 1)}")
             for problem in problems: print(problem, file=sys.stderr)
             return int(bool(problems))
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ press()
 const menu = $('.menu')
 const openMenu = yes => { menu.setAttribute('aria-expanded', yes); document.body.classList.toggle('open', yes) }
 menu.onclick = () => openMenu(menu.getAttribute('aria-expanded') !== 'true')
-$('#pages [aria-current]')?.scrollIntoView({block: 'nearest'})
+$('#_pages [aria-current]')?.scrollIntoView({block: 'nearest'})
 
 // The contents stand beside the text, or are folded above it
 const toc = $('.toc details'), wide = matchMedia('(min-width: 75rem)')
