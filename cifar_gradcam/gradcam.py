@@ -27,7 +27,7 @@ from torch import nn
 
 from .data import html_image
 from .files import write_atomically
-from .frozen import frozen
+from .frozen import frozen_if_possible
 from .model import eval_mode
 from .training import progress_bar
 
@@ -511,9 +511,8 @@ def _pieces(batches, n): # the same images, n at a time
     if len(rest[0]): yield rest
 
 def _copies(model, images, keep, n): # n of them, quick, and with the same weights; or the model itself, where that can't be copied
-    if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in model.modules()): return [model] # parts of it are compiled
-    try: quick = frozen(model, images, keep)
-    except (RuntimeError, TypeError): return [model] # it keeps a tensor of a graph, say, or a lock
+    quick = frozen_if_possible(model, images, keep)
+    if quick is model: return [model]
     shared = {id(t): t for t in (*quick.parameters(), *quick.buffers())}
     return [quick, *(copy.deepcopy(quick, dict(shared)) for _ in range(n-1))]
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .data import ImageSet, Table, loader
 from .files import Checkpoints, locked, write_atomically
+from .frozen import frozen_if_possible
 from .model import ModelInfo, count_flop, eval_mode, resnet18
 from .muon import Muon
 from .transforms import channel_stats, test_transforms, train_transforms
@@ -165,19 +166,21 @@ def progress_bar(items, # What to go through
 def predict(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
             data:ImageSet, # What to predict
             info:ModelInfo=ModelInfo(), # For its normalisation
-            batch_size:int=500, # Images at once
+            batch_size:int=64, # Images at once
            )->torch.Tensor: # Logits, float32 (N, n_classes), on the CPU
     "The logits of every image, with the test transforms, in 32-bit precision"
-    device,out = next(model.parameters()).device,[]
+    device,quick,out = next(model.parameters()).device,None,[]
     with eval_mode(model), torch.inference_mode():
         for x,_ in progress_bar(loader(data, test_transforms(info.mean, info.std), batch_size), 'predict'):
-            out.append(model(x.to(device, memory_format=torch.channels_last)).float().cpu())
+            x = x.to(device, memory_format=torch.channels_last)
+            quick = quick or (frozen_if_possible(model, x) if len(data) > batch_size else model)
+            out.append(quick(x).float().cpu())
     return torch.cat(out)
 
 def evaluate(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
              data:ImageSet, # What to evaluate on
              info:ModelInfo=ModelInfo(), # For its normalisation
-             batch_size:int=500, # Images at once
+             batch_size:int=64, # Images at once
             ): # Mean cross-entropy (nats), accuracy (%)
     "Loss and accuracy on a data set, no test-time augmentation"
     logits,y = predict(model, data, info, batch_size),torch.from_numpy(data.labels)
