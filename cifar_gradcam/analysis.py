@@ -18,9 +18,13 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ticker import MaxNLocator
 
-from .data import ImageSet, Table, show_images
-from .gradcam import CMAP, CAMResult, GradCAM, find_layer, overlay
+from .basics import Table, CMAP
+from .data import ImageSet
+from .gradcam import GradCAM
+from .layers import find_layer
 from .model import ModelInfo
+from .pictures import show_images
+from .result import CAMResult, overlay
 from .training import History, predict
 from .transforms import test_transforms
 
@@ -42,6 +46,11 @@ class Predictions:
     @property
     def mistakes(self)->np.ndarray: # Numbers of the images whose predicted class is not the true one
         return np.flatnonzero(self.predicted != self.data.labels)
+
+    @property
+    def mistakes_by_confidence(self)->np.ndarray: # Those numbers, the one with the largest probability of its predicted class first
+        wrong = self.mistakes
+        return wrong[np.argsort(-self.probabilities[wrong].max(1), kind='stable')]
 
     @property
     def accuracy(self)->float: # Of all images, %

@@ -7,9 +7,6 @@ __all__ = ['plain_transforms', 'plain_batches', 'plain_loop', 'our_batches', 'ou
            'Throughput', 'benchmark']
 
 # %% ../nbs/08_benchmark.ipynb #271dce33
-import os
-os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
-
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -20,9 +17,10 @@ import torchvision.transforms.v2 as v2
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .data import ImageSet, Table, loader, shapes
+from .basics import Table, progress_bar
+from .data import ImageSet, loader, shapes
 from .model import count_flop, resnet18
-from .training import Recipe, Trainer, amp_dtype, pick_device, progress_bar
+from .training import Recipe, Trainer, amp_dtype, pick_device
 from .transforms import CIFAR10_MEAN, CIFAR10_STD, train_transforms
 
 # %% ../nbs/08_benchmark.ipynb #f1f54552

@@ -14,22 +14,25 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from . import __version__
-from .analysis import (calibration, class_table, plot_accuracy, plot_class_accuracy, plot_confusion, plot_curves, plot_mistakes,
-                                    plot_mistakes_cam, plot_mistakes_heatmaps, plot_calibration, plot_mistakes_pairs, predictions, print_class_accuracy, tensorboard_log)
+from .analysis import (calibration, class_table, plot_accuracy, plot_class_accuracy, plot_confusion,
+                                    plot_curves, plot_mistakes, plot_mistakes_cam, plot_mistakes_heatmaps,
+                                    plot_calibration, plot_mistakes_pairs, predictions, print_class_accuracy,
+                                    tensorboard_log)
 from .benchmark import benchmark
 from .corruptions import plot_robustness, robustness
 from .data import cifar10, holdout, load_data, shapes
 from .docs import update_docs
-from .gradcam import GradCAM, find_layer
 from .files import write_atomically
-from .maps import explain_picture, plot_explanation, read_image
+from .gradcam import GradCAM
+from .layers import find_layer
+from .maps import explain_picture, plot_explanation
 from .model import PRETRAINED, load_model, save_model
 from .peers import compare
+from .pictures import read_image
 from .report import write_report
 from .site import build_site, check_site
 from .training import RECIPES, Recipe, fit, pick_device, process_group, rank_and_world

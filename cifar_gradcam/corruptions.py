@@ -6,8 +6,7 @@
 __all__ = ['CORRUPTIONS', 'corrupt', 'plot_corruptions', 'Robustness', 'robustness', 'plot_robustness']
 
 # %% ../nbs/05a_corruptions.ipynb #2adbbc4e
-import os
-os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+import cifar_gradcam.basics # noqa: F401 before Albumentations, whose question to PyPI it turns off
 
 from dataclasses import dataclass, replace
 
@@ -17,9 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .analysis import predictions
-from .data import ImageSet, Table, reseed, show_images
+from .basics import Table, progress_bar
+from .data import ImageSet, reseed
 from .model import ModelInfo
-from .training import progress_bar
+from .pictures import show_images
 
 # %% ../nbs/05a_corruptions.ipynb #b01bd76f
 CORRUPTIONS = { # name: (value -> transform, values of strengths 1..5)

@@ -16,11 +16,14 @@ import torch
 from torch import nn
 
 from .analysis import Predictions, predictions
-from .data import ImageSet, html_image
-from .gradcam import CMAP, contrast, find_layer, forward, last_layer, overlay, undisturbed, unwrapped
-from .maps import SIGNED
+from .basics import html_image, CMAP, SIGNED
+from .data import ImageSet
+from .engine import forward, last_layer, undisturbed
+from .layers import find_layer, unwrapped
 from .methods import METHODS
 from .model import ModelInfo
+from .result import overlay
+from .targets import contrast
 from .transforms import test_transforms
 
 # %% ../nbs/05d_explorer.ipynb #f40bbf30

@@ -10,7 +10,6 @@ import copy
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .basics import Table, progress_bar
 from .benchmark import take_turns
-from .data import Table, loader, shapes
+from .data import loader, shapes
 from .gradcam import GradCAM
 from .model import resnet18
-from .training import progress_bar
 from .transforms import test_transforms
 
 # %% ../nbs/04d_peers.ipynb #7a90622b

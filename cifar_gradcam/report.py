@@ -18,12 +18,13 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from . import maps # gives `Predictions` its `mistakes_by_confidence`
 from .analysis import Predictions, calibration, class_table
+from .basics import CMAP
 from .data import loader
 from .files import write_atomically
-from .gradcam import CMAP, CAMResult, GradCAM
+from .gradcam import GradCAM
 from .model import ModelInfo
+from .result import CAMResult
 from .training import History, Recipe
 from .transforms import test_transforms
 

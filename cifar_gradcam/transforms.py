@@ -7,15 +7,15 @@ __all__ = ['CIFAR10_MEAN', 'CIFAR10_STD', 'AUGMENTATIONS', 'DEFAULT_AUGMENTATION
            'train_transforms', 'test_transforms', 'denormalize', 'gallery']
 
 # %% ../nbs/01_transforms.ipynb #a1eefb8e
-import os
-os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1') # its import would ask PyPI for news, and wait where there is no network
+import cifar_gradcam.basics # noqa: F401 before Albumentations, whose question to PyPI it turns off
 
 import albumentations as A
 import cv2
 import numpy as np
 from albumentations.pytorch import ToTensorV2
 
-from .data import reseed, show_images
+from .data import reseed
+from .pictures import show_images
 
 # %% ../nbs/01_transforms.ipynb #bbdb77f9
 def channel_stats(images:np.ndarray # uint8 (N, H, W, 3)
