@@ -27,7 +27,7 @@ from .basics import Table, eval_mode, progress_bar
 from .data import ImageSet, loader
 from .files import Checkpoints, locked, write_atomically
 from .frozen import frozen_if_possible
-from .model import ModelInfo, count_flop, resnet18
+from .model import NETWORKS, ModelInfo, count_flop
 from .muon import Muon
 from .transforms import channel_stats, test_transforms, train_transforms
 
@@ -52,6 +52,7 @@ class Recipe:
     label_smoothing:float = 0. # Share of each target given evenly to all classes, 0..1
     ema:float = 0. # Share of the old average in the running average of the weights, 0..1; 0: no average
     augmentations:tuple = ('HorizontalFlip','RandomCrop') # Keys of `transforms.AUGMENTATIONS`
+    network:str = 'resnet18' # What is trained: a key of `model.NETWORKS`
     seed:int = 0 # Of the initial weights, the order of the images and the augmentations, at least 0
 
     def __post_init__(self):
@@ -65,6 +66,7 @@ class Recipe:
         need(self.muon_lr >= 0, 'muon_lr', 'at least 0')
         need(self.bias_lr > 0, 'bias_lr', 'over 0')
         need(self.batch_size >= 2, 'batch_size', 'at least 2')
+        need(self.network in NETWORKS, 'network', f"one of {', '.join(NETWORKS)}")
         need(self.schedule in ('triangular','constant'), 'schedule', "'triangular' or 'constant'")
         need(self.weight_decay >= 0, 'weight_decay', 'at least 0')
         need(self.seed >= 0, 'seed', 'at least 0')
@@ -111,14 +113,14 @@ def pflop(self:Recipe,
          )->float: # 10^15 floating-point operations: forward, backward, and Muon's
     "What training by this recipe costs"
     ends = self.ends(n)
-    images = self.batch_size*sum(int(k)*_image_flop(n_classes, s) for k,s in zip(np.diff([0,*ends]), self.sizes))
-    return (images + (_muon_flop(n_classes)*ends[-1] if self.muon_lr else 0))/1e15
+    images = self.batch_size*sum(int(k)*_image_flop(self.network, n_classes, s) for k,s in zip(np.diff([0,*ends]), self.sizes))
+    return (images + (_muon_flop(self.network, n_classes)*ends[-1] if self.muon_lr else 0))/1e15
 
 @cache
-def _image_flop(n_classes, size): return count_flop(resnet18(n_classes), size, backward=True)
+def _image_flop(network, n_classes, size): return count_flop(NETWORKS[network](n_classes), size, backward=True)
 
 @cache
-def _muon_flop(n_classes): return Muon(_filters(resnet18(n_classes)), lr=1.).flop()
+def _muon_flop(network, n_classes): return Muon(_filters(NETWORKS[network](n_classes)), lr=1.).flop()
 
 def _filters(model): return [p for p in model.parameters() if p.ndim == 4]
 
@@ -270,7 +272,7 @@ class Trainer:
         self.mean,self.std = [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]
         with torch.random.fork_rng(devices=[]): # the caller's random state is not ours to move
             torch.default_generator.manual_seed(recipe.seed)
-            net = resnet18(len(train.classes))
+            net = NETWORKS[recipe.network](len(train.classes))
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.average = AveragedModel(self.net, multi_avg_fn=_ema(recipe.ema), use_buffers=True) if recipe.ema else None
         self.parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
@@ -328,7 +330,7 @@ class Trainer:
         "What has to be known beside the weights"
         last = self.history.epochs[-1] if self.history.epochs else {}
         metrics = {k: last[k] for k in ('train_accuracy','test_accuracy','pflop','seconds') if k in last}
-        return ModelInfo(self.train.classes, self.mean, self.std, self.train.name, asdict(self.recipe), metrics)
+        return ModelInfo(self.train.classes, self.mean, self.std, self.train.name, asdict(self.recipe), metrics, self.recipe.network)
 
 # %% ../nbs/03_training.ipynb #78c0bb85
 @patch
