@@ -22,12 +22,14 @@ setup(
     classifiers=[f"Development Status :: {int(cfg['status'])} - {statuses[int(cfg['status']) - 1]}",
                  f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}",
-                 'Programming Language :: Python :: 3'],
+                 'Programming Language :: Python :: 3',
+                 *(f'Programming Language :: Python :: {version}' for version in cfg['pythons'].split())],
     packages=find_packages(include=[f"{cfg['lib_path']}*"]),
-    package_data={cfg['lib_path']: ['*.safetensors', 'assets/*']}, # the pretrained weights; what the pages of the docs are made with
+    # the pretrained weights; what the pages of the docs are made with; a word to type checkers that there are types
+    package_data={cfg['lib_path']: ['*.safetensors', 'assets/*', 'py.typed']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('bench','notebook','colab','dev')},
+    extras_require={name.removesuffix('_requirements'): packages.split() for name,packages in cfg.items() if name.endswith('_requirements')},
     # the first group is how nbdev finds a package's symbols, for links from its docs and from others'
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
                   'console_scripts': cfg['console_scripts'].split()},
