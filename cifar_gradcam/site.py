@@ -7,13 +7,13 @@ __all__ = ['TORCH', 'TORCH_PAGES', 'ASSETS', 'Page', 'read_page', 'reading_order
            'formula', 'coloured', 'size', 'alt_text', 'build_site', 'check_site']
 
 # %% ../nbs/07a_site.ipynb #85b4620e
-import ast, base64, copy, html, io, json, re, shutil, struct, tokenize
+import ast, base64, copy, html, io, json, posixpath, re, shutil, struct, tokenize
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import nbformat
 import yaml
@@ -26,7 +26,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
-from .docs import directives, settings
+from .docs import directives, notebooks, settings
 
 # %% ../nbs/07a_site.ipynb #30dcadd0
 @dataclass(eq=False)
@@ -39,6 +39,7 @@ class Page:
     module:str # The module that it exports, e.g. 'gradcam'; '' for none
     cells:list # Its cells, without title and summary
     section:str = '' # The part of the site to which it belongs; '' for none
+    folder:str = '' # Where the notebook lies, from the folder of all notebooks, e.g. 'guides'; '' for that itself
     toc:list = field(default_factory=list) # Headings and symbols as they were rendered: dicts of `level`, `id` and `html`
     ids:set = field(default_factory=set) # The ids that are taken
     symbols:dict = field(default_factory=dict) # What its cells export: {id of the cell: `Symbol`s}
@@ -46,6 +47,16 @@ class Page:
     @property
     def part(self)->bool: # Whether it is a part of the notebook before it, as 04a is of 04
         return bool(re.match(r'\d+[a-z]', self.path.name))
+
+    def from_top(self, path:str # As the notebook has it, e.g. '../images/x.png'
+                )->str: # E.g. 'images/x.png'
+        "A path from the folder of all notebooks"
+        return posixpath.normpath(posixpath.join(self.folder, path))
+
+    @property
+    def source(self)->str: # E.g. 'guides/01_tour.ipynb'
+        "The notebook's path from the folder of all notebooks"
+        return self.from_top(self.path.name)
 
     def unique(self, id:str # Wanted
               )->str: # That, or with a number behind it
@@ -74,15 +85,20 @@ def read_page(path # Notebook
 # %% ../nbs/07a_site.ipynb #c71f0a26
 def reading_order(nbs, # Folder of the notebooks
                  )->list: # Pairs (section, path of a notebook); '' for no section
-    "The notebooks as sidebar.yml lists them, else by name. Raises `ValueError` where sidebar.yml and the folder differ"
+    "The notebooks as sidebar.yml lists them, else by folder and name. Raises `ValueError` where sidebar.yml and the folder differ"
     nbs = Path(nbs)
-    there = sorted(nbs.glob('[!_.]*.ipynb'), key=lambda p: (p.name != 'index.ipynb', p.name))
+    there = sorted(notebooks(nbs), key=lambda p: (p != nbs/'index.ipynb', p.parent, p.name))
     if not (path := nbs/'sidebar.yml').is_file(): return [('',p) for p in there]
     try: contents = yaml.safe_load(path.read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    except (yaml.YAMLError, KeyError, TypeError) as e: raise ValueError(f"'{path}' must hold website: sidebar: contents: and a list of notebooks; {type(e).__name__}: {' '.join(str(e).split())}") from None
-    listed = [(s,nbs/n) for c in contents for s,names in ([(c['section'],c['contents'])] if isinstance(c, dict) else [('',[c])]) for n in names]
-    names,files = [p.name for _,p in listed],[p.name for p in there]
-    for found,says in (([n for n in names if n not in files],'lists what is not there'), ([n for n in files if n not in names],'does not list'), (sorted({n for n in names if names.count(n) > 1}),'lists twice')):
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        says = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        raise ValueError(f"'{path}' must hold website: sidebar: contents: and a list of notebooks; {says}") from None
+    sections = [(c['section'],c['contents']) if isinstance(c, dict) else ('',[c]) for c in contents]
+    listed = [(section,nbs/name) for section,names in sections for name in names]
+    names,files = ([p.relative_to(nbs).as_posix() for p in ps] for ps in ([p for _,p in listed], there))
+    for found,says in (([n for n in names if n not in files],'lists what is not there'),
+                       ([n for n in files if n not in names],'does not list'),
+                       (sorted({n for n in names if names.count(n) > 1}),'lists twice')):
         if found: raise ValueError(f"'{path}' {says}: {', '.join(found)}")
     return listed
 
@@ -181,6 +197,7 @@ class Site:
     cfg:dict # Of `settings`
     lines:dict # {'module.name': line of its source}
     names:dict = field(default_factory=dict) # {name: `Symbol`s}
+    images:set = field(default_factory=set) # The pages' pictures, by their paths from the folder of all notebooks
 
     def add(self, symbol:Symbol): # Its page and id are set
         "Make a name known, and that of its methods"
@@ -272,7 +289,8 @@ class _Renderer(IPythonRenderer):
         if url.startswith(own): url = url.removeprefix(own) or 'index.html'
         parts = urlsplit(url)
         if parts.scheme or parts.netloc: return url
-        page = next((p.file for p in self.site.pages if p.path.name == unquote(parts.path)), parts.path)
+        source = self.page.from_top(unquote(parts.path))
+        page = next((p.file for p in self.site.pages if p.source == source), parts.path)
         return page + ('#'+slug(unquote(parts.fragment)) if parts.fragment else '')
 
     def image(self, text, url, title=None):
@@ -280,7 +298,21 @@ class _Renderer(IPythonRenderer):
         if urlsplit(url).scheme: return alt # nothing is loaded from elsewhere
         path = self.page.path.parent/unquote(url)
         w,h = size(path) if path.suffix == '.png' and path.is_file() else (0,0)
-        return f'<figure><img src="{html.escape(url)}" alt="{alt}"' + (f' width="{w}" height="{h}"' if w else '') + '></figure>'
+        return f'<figure><img src="{html.escape(self.picture(url))}" alt="{alt}"' + (f' width="{w}" height="{h}"' if w else '') + '></figure>'
+
+    def picture(self, url): # as it is from one page of the site to another; `build_site` copies it
+        if urlsplit(url).scheme or url.startswith('/'): return url
+        path = self.page.from_top(unquote(url))
+        if not path.startswith('../'): self.site.images.add(path) # what lies outside is not ours to copy; `check_site` will find it
+        return quote(path)
+
+    def block_html(self, html): return super().block_html(self.moved(html))
+
+    def inline_html(self, html): return super().inline_html(self.moved(html))
+
+    def moved(self, markup): # HTML that was written by hand
+        places = dict(src=self.picture, href=self.address)
+        return re.sub(r'\b(src|href)="([^"]*)"', lambda m: f'{m[1]}="{html.escape(places[m[1]](html.unescape(m[2])))}"', markup)
 
     def paragraph(self, text): # a figure is no part of a paragraph
         return text if re.fullmatch(r'\s*<figure>.*</figure>\s*', text, re.S) else f'<p>{text}</p>\n'
@@ -431,11 +463,16 @@ def _landing(page, r): # what the first screen shows; it is taken out of the cel
     image = re.search(picture, text)
     if image:
         w,h = size(page.path.parent/image[2])
+        url = r.picture(image[2])
         text = text.replace(image[0], '')
     command = re.search(r'^```sh\n(.*?)\n```$', '\n'.join(c.source for c in page.cells if c.cell_type == 'markdown'), re.S|re.M)
     cell.source = ''
     return dict(lead=r.markdown(text), links=[(a[:1].upper()+a[1:], u) for a,u in links], command=command and coloured(command[1], 'sh'),
-                image=image and dict(alt=image[1], url=image[2], width=w, height=h))
+                image=image and dict(alt=image[1], url=url, width=w, height=h))
+
+def _copied(path, to): # and the folder made
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, to)
 
 def build_site(root='.', # Folder of settings.ini
                out=None, # Where to; None: `doc_path` of settings.ini. What an earlier build left there is removed
@@ -447,11 +484,11 @@ def build_site(root='.', # Folder of settings.ini
     pages = []
     for section,path in reading_order(nbs):
         pages.append(read_page(path))
-        pages[-1].section = section
-    if not pages or pages[0].path.name != 'index.ipynb': raise FileNotFoundError(f"no index.ipynb at the head of '{nbs}', of which the first page is made")
+        pages[-1].section,pages[-1].folder = section,path.parent.relative_to(nbs).as_posix()
+    if not pages or pages[0].source != 'index.ipynb': raise FileNotFoundError(f"no index.ipynb at the head of '{nbs}', of which the first page is made")
     for p in pages:
         twin = next(q for q in pages if q.file == p.file)
-        if twin is not p: raise ValueError(f"'{twin.path.name}' and '{p.path.name}' would both become '{p.file}'; rename one of them")
+        if twin is not p: raise ValueError(f"'{twin.source}' and '{p.source}' would both become '{p.file}'; rename one of them")
     if out.exists():
         if any(out.iterdir()) and not (out/'search.js').exists(): raise ValueError(f"'{out}' holds something that is no site of ours; choose another folder, or empty it")
         shutil.rmtree(out)
@@ -479,17 +516,15 @@ def build_site(root='.', # Folder of settings.ini
         landing = _landing(p, r) if i == 0 else None
         summary = re.sub(r'^<p>|</p>\s*$', '', r.markdown(p.summary))
         blocks = _blocks(site, p, out, code)
-        here = f"{cfg['nbs_path']}/{p.path.name}"
+        here = f"{cfg['nbs_path']}/{p.source}"
         text = template.render(page=p, pages=pages, sections=sections, landing=landing, blocks=blocks, toc=p.toc, summary=plain(summary), summary_html=summary, project=cfg['title'],
             module=p.module and f"{cfg['lib_path']}.{p.module}", before=pages[i-1] if i else None, after=pages[i+1] if i+1 < len(pages) else None, here=here,
-            notebook=f'notebooks/{p.path.name}', colab=f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{here}", cfg=cfg)
+            notebook=f'notebooks/{p.source}', colab=f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{here}", cfg=cfg)
         (out/p.file).write_text(text, encoding='utf-8')
-        shutil.copy(p.path, out/'notebooks')
-        for src in set(re.findall(r'<img src="([^"]*)"', text)):
-            if (nbs/src).is_file():
-                (out/src).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(nbs/src, out/src)
+        _copied(p.path, out/'notebooks'/p.source) # in their folders, so that links between them lead on
         index += _sections(p, [f'<p>{summary}</p>', landing['lead'] if landing else '', *blocks])
+    for name in site.images:
+        if (nbs/name).is_file(): _copied(nbs/name, out/name)
     for name in ('style.css','script.js','icon.svg'): shutil.copy(ASSETS/name, out/name)
     (out/'search.js').write_text('const SEARCH = '+json.dumps(index, ensure_ascii=False).replace('</', '<\\/')+'\n', encoding='utf-8')
     (out/'.nojekyll').touch() # GitHub is to serve the files as they are
