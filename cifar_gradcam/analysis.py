@@ -185,7 +185,7 @@ def live_curves(): # A function of the `History`, for `fit(callback=...)`
 # %% ../nbs/05_analysis.ipynb #cdd020ef
 def tensorboard_log(folder # Where the log goes
                    ): # A function of the `History`, for `fit(callback=...)`
-    "A callback that writes losses and accuracies for TensorBoard; a run that goes on goes on in the same log. Raises `ImportError` without tensorboard"
+    "A callback that writes losses and accuracies for TensorBoard; a run that is resumed continues the same log. Raises `ImportError` without tensorboard"
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e: raise ImportError("the log needs TensorBoard: pip install tensorboard") from e
     steps,stages = 0,0 # written so far by this callback

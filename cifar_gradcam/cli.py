@@ -25,7 +25,7 @@ from .analysis import (calibration, class_table, plot_accuracy, plot_class_accur
 from .benchmark import benchmark
 from .corruptions import plot_robustness, robustness
 from .data import cifar10, holdout, load_data, shapes
-from .docs import update_docs
+from .docs import bad_english, broken_links, update_docs
 from .files import write_atomically
 from .gradcam import GradCAM
 from .layers import find_layer
@@ -211,7 +211,7 @@ def _parser():
     c = command('run', 'Train, evaluate and explain; write model, history, metrics, figures and a report, report.html, into one folder.')
     c.add_argument('--dataset', default='auto', choices=('auto','cifar10','shapes'), help='auto: CIFAR-10 if it is there or can be downloaded, else Shapes')
     c.add_argument('--recipe', choices=list(RECIPES), help="how to train (default: 'fast' for CIFAR-10, 'shapes' for Shapes)")
-    c.add_argument('--folder', help='where everything goes; a run found there goes on (default: runs/<data set>-<recipe>[-<settings>][-seed<seed>])')
+    c.add_argument('--folder', help='where everything goes; a run found there is resumed (default: runs/<data set>-<recipe>[-<settings>][-seed<seed>])')
     c.add_argument('--data', metavar='FOLDER', help='folder that holds cifar-10-batches-py (default: $CIFAR_GRADCAM_DATA, else the cache)')
     c.add_argument('--set', metavar='NAME=VALUE', action='append', default=[], help='change a setting of the recipe, such as lr=0.1 or epochs=2,1,1 (may be given several times)')
     c.add_argument('--seed', type=int, help="another seed than the recipe's")
@@ -230,7 +230,7 @@ def _parser():
     tests(c)
     c.add_argument('--images', type=int, default=1000, metavar='N', help='the first N test images (default: 1000; 10000 take ten times as long)')
     c.add_argument('--out', default='.', help='folder for the figure (default: this one)')
-    c = command('benchmark', 'Images a second in training beside a plain loop, and the share of the data pipeline; or what Grad-CAM costs.')
+    c = command('benchmark', 'Images a second in training compared with a plain loop, and the share of the data pipeline; or what Grad-CAM costs.')
     c.add_argument('--rounds', type=int, default=5, help='how often each entrant has its turn (default: 5)')
     what = c.add_mutually_exclusive_group()
     what.add_argument('--everything', action='store_true', help='other batch sizes and torch.compile too (needs a C++ compiler, and minutes)')
@@ -242,7 +242,7 @@ def _parser():
     c.add_argument('--out', default='.', help='folder for the PNG files (default: this one)')
     c.add_argument('--layer', default='layer4', help='dotted name of the layer (default: layer4)')
     c.add_argument('--target', help='class to explain, by name or number (default: the predicted one)')
-    command('docs', 'For who works on this project: bring README.md and links in line with the notebooks and settings.ini, build the web site of the docs, and check it.')
+    command('docs', 'For those who work on this project: bring README.md and links in line with the notebooks and settings.ini, build the web site of the docs, and check links, pages and English.')
     return p
 
 def main(argv=None # Arguments; None: those of the command line
@@ -268,8 +268,8 @@ def main(argv=None # Arguments; None: those of the command line
         else:
             for path in update_docs(): print(f'updated {path}')
             out = build_site()
-            problems = check_site(out)
-            print(f"'{out/'index.html'}': {len(list(out.glob('*.html')))} pages, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file())/1e6:.1f} MB; links, anchors and figures checked: {len(problems) or 'no'} fault{'s'*(len(problems) != 1)}")
+            problems = broken_links() + bad_english() + check_site(out)
+            print(f"'{out/'index.html'}': {len(list(out.glob('*.html')))} pages, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file())/1e6:.1f} MB; links, anchors, figures and English checked: {len(problems) or 'no'} fault{'s'*(len(problems) != 1)}")
             for problem in problems: print(problem, file=sys.stderr)
             return int(bool(problems))
     except KeyboardInterrupt:

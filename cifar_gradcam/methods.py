@@ -35,7 +35,7 @@ class XGradCAM(CAMMethod):
         return (_ratio((g*a).sum((2,3), keepdim=True), a.sum((2,3), keepdim=True))*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #21d21529
-def _plus_plus(a, g, g2, g3): # activations, and the first three derivatives of exp(score), less a factor that all share
+def _plus_plus(a, g, g2, g3): # activations, and the first three derivatives of exp(score), without a factor that all share
     alpha = _ratio(g2, 2*g2 + g3*a.sum((2,3), keepdim=True))
     return ((alpha*g.clamp(min=0)).sum((2,3), keepdim=True)*a).sum(1)
 

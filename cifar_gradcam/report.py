@@ -60,12 +60,12 @@ class Axes:
     def draw(self,
              id:str, # Unique in the page
              title:str, # What the chart is, in a few words
-             text:str, # What it shows, for who can't see it
+             text:str, # What it shows, for those who can't see it
              xlabel:str, # With its unit
              ylabel:str, # With its unit
              inside:Markup, # What is drawn
             )->Markup:
-        "The chart"
+        "The whole chart: title, axes with their ticks and names, and what is drawn"
         def ticks(top, n): return [t for t in MaxNLocator(n, steps=[1,2,5,10]).tick_values(0, top) if t <= top*1.0001]
         return fill(_AXES, a=self, id=id, title=title, text=text, xlabel=xlabel, ylabel=ylabel, inside=inside,
                     xticks=[(f'{self.at(t,0)[0]:.1f}', f'{t:g}') for t in ticks(self.x, 6)], yticks=[(float(self.at(0,t)[1]), f'{t:g}') for t in ticks(self.y, 5)])

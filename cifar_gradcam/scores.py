@@ -102,7 +102,7 @@ def drop_and_increase(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                       target, # Class: N ints, or one for all
                       batch_size:int=256, # Images at once
                      ): # Two float32 (N,): relative drop, 0..1; and 1 where the probability rises, else 0
-    "What is lost, or won, where only that is seen which the map marks"
+    "How much of the probability is lost, and whether any is gained, when only what the map marks is seen"
     _check_maps(maps, images[:,0].shape)
     y,o = (class_probability(model, x, target, batch_size) for x in (images, images*as_heatmaps(maps)[:,None]))
     return torch.where(y > 0, (y-o).clamp(min=0)/y, 0.), (o > y).float()
@@ -145,7 +145,7 @@ def road(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
          seed:int=0, # Of the noise
          batch_size:int=256, # Images at once
         )->torch.Tensor: # float32 (N,), -0.5..0.5
-    "Half of what removing the least relevant pixels leaves more of the probability than removing the most relevant ones"
+    "Half the difference between two probabilities, without the least and without the most relevant pixels; the mean over `percents`"
     _check_maps(maps, images[:,0].shape)
     if not all(0 < p < 100 for p in percents): raise ValueError(f"percents must lie between 0 and 100, got {percents}")
     n,place = maps[0].numel(),_places(maps)
@@ -299,7 +299,7 @@ def plot_randomisation(results:dict # {method: what `randomisation` returned}
 def random_maps(images:torch.Tensor, # float (N, C, H, W)
                 seed:int=0, # Another seed, other maps
                )->torch.Tensor: # float32 (N, H, W), each pixel even in 0..1
-    "Noise"
+    "Maps of noise, which know nothing of the images"
     n,_,h,w = images.shape
     return torch.rand((n,h,w), generator=torch.Generator().manual_seed(seed)).to(images.device)
 

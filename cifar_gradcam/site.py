@@ -85,7 +85,7 @@ def read_page(path # Notebook
 # %% ../nbs/07a_site.ipynb #c71f0a26
 def reading_order(nbs, # Folder of the notebooks
                  )->list: # Pairs (section, path of a notebook); '' for no section
-    "The notebooks as sidebar.yml lists them, else by folder and name. Raises `ValueError` where sidebar.yml and the folder differ"
+    "The notebooks as sidebar.yml lists them, else by folder and name. Raises `ValueError` where it lists others"
     nbs = Path(nbs)
     there = sorted(notebooks(nbs), key=lambda p: (p != nbs/'index.ipynb', p.parent, p.name))
     if not (path := nbs/'sidebar.yml').is_file(): return [('',p) for p in there]
@@ -228,13 +228,13 @@ def slug(text:str # A heading, or the fragment of a link to one
 
 def plain(markup:str # HTML
          )->str:
-    "Its text"
+    "The text of a piece of HTML, on one line"
     return re.sub(r'\s+', ' ', html.unescape(re.sub(r'<[^>]*>', '', markup))).strip()
 
 def formula(tex:str, # LaTeX
             display:bool=False, # On a line of its own?
            )->str:
-    "MathML"
+    "A formula as MathML"
     tex = re.sub(r'\\arg\b', r'\\operatorname{arg}', tex) # which latex2mathml doesn't know
     math = convert(tex, display='block' if display else 'inline')
     if display: return f'<span class="formula">{math}</span>'
@@ -298,12 +298,13 @@ class _Renderer(IPythonRenderer):
         if urlsplit(url).scheme: return alt # nothing is loaded from elsewhere
         path = self.page.path.parent/unquote(url)
         w,h = size(path) if path.suffix == '.png' and path.is_file() else (0,0)
-        return f'<figure><img src="{html.escape(self.picture(url))}" alt="{alt}"' + (f' width="{w}" height="{h}"' if w else '') + '></figure>'
+        width = f' width="{w}" height="{h}"' if w else ''
+        return f'<figure><img src="{html.escape(self.picture(url))}" alt="{alt}"{width}></figure>'
 
     def picture(self, url): # as it is from one page of the site to another; `build_site` copies it
         if urlsplit(url).scheme or url.startswith('/'): return url
         path = self.page.from_top(unquote(url))
-        if not path.startswith('../'): self.site.images.add(path) # what lies outside is not ours to copy; `check_site` will find it
+        if not path.startswith('../'): self.site.images.add(path) # others are not ours to copy; `check_site` will find them
         return quote(path)
 
     def block_html(self, html): return super().block_html(self.moved(html))
@@ -312,7 +313,8 @@ class _Renderer(IPythonRenderer):
 
     def moved(self, markup): # HTML that was written by hand
         places = dict(src=self.picture, href=self.address)
-        return re.sub(r'\b(src|href)="([^"]*)"', lambda m: f'{m[1]}="{html.escape(places[m[1]](html.unescape(m[2])))}"', markup)
+        def place(m): return f'{m[1]}="{html.escape(places[m[1]](html.unescape(m[2])))}"'
+        return re.sub(r'\b(src|href)="([^"]*)"', place, markup)
 
     def paragraph(self, text): # a figure is no part of a paragraph
         return text if re.fullmatch(r'\s*<figure>.*</figure>\s*', text, re.S) else f'<p>{text}</p>\n'
@@ -485,10 +487,12 @@ def build_site(root='.', # Folder of settings.ini
     for section,path in reading_order(nbs):
         pages.append(read_page(path))
         pages[-1].section,pages[-1].folder = section,path.parent.relative_to(nbs).as_posix()
-    if not pages or pages[0].source != 'index.ipynb': raise FileNotFoundError(f"no index.ipynb at the head of '{nbs}', of which the first page is made")
+    if not pages or pages[0].source != 'index.ipynb':
+        raise FileNotFoundError(f"no index.ipynb at the head of '{nbs}', of which the first page is made")
     for p in pages:
         twin = next(q for q in pages if q.file == p.file)
-        if twin is not p: raise ValueError(f"'{twin.source}' and '{p.source}' would both become '{p.file}'; rename one of them")
+        if twin is not p:
+            raise ValueError(f"'{twin.source}' and '{p.source}' would both become '{p.file}'; rename one of them")
     if out.exists():
         if any(out.iterdir()) and not (out/'search.js').exists(): raise ValueError(f"'{out}' holds something that is no site of ours; choose another folder, or empty it")
         shutil.rmtree(out)
@@ -510,7 +514,7 @@ def build_site(root='.', # Folder of settings.ini
     env = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     code,template = env.get_template('cells.html').module.code, env.get_template('page.html')
     sections = [(s,list(ps)) for s,ps in groupby(pages, key=lambda p: p.section)]
-    index = []
+    index,colab = [],'https://colab.research.google.com/github'
     for i,p in enumerate(pages):
         r = _Renderer(site, p)
         landing = _landing(p, r) if i == 0 else None
@@ -519,7 +523,7 @@ def build_site(root='.', # Folder of settings.ini
         here = f"{cfg['nbs_path']}/{p.source}"
         text = template.render(page=p, pages=pages, sections=sections, landing=landing, blocks=blocks, toc=p.toc, summary=plain(summary), summary_html=summary, project=cfg['title'],
             module=p.module and f"{cfg['lib_path']}.{p.module}", before=pages[i-1] if i else None, after=pages[i+1] if i+1 < len(pages) else None, here=here,
-            notebook=f'notebooks/{p.source}', colab=f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{here}", cfg=cfg)
+            notebook=f'notebooks/{p.source}', colab=f"{colab}/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{here}", cfg=cfg)
         (out/p.file).write_text(text, encoding='utf-8')
         _copied(p.path, out/'notebooks'/p.source) # in their folders, so that links between them lead on
         index += _sections(p, [f'<p>{summary}</p>', landing['lead'] if landing else '', *blocks])
