@@ -334,5 +334,7 @@ def bootstrap(scores, # One number for each image: sequence, array or tensor (N,
     x = x[~np.isnan(x)]
     if not len(x): return (float('nan'),)*3
     rng = np.random.default_rng(seed)
-    means = [x[rng.integers(len(x), size=len(x))].mean() for _ in range(resamples)]
+    rows = max(1, 2**17//len(x)) # drawn at once: 1 MB of numbers
+    sizes = [min(rows, resamples-start) for start in range(0, resamples, rows)]
+    means = np.concatenate([x[rng.integers(len(x), size=(n,len(x)))].mean(1) for n in sizes])
     return float(x.mean()), *np.quantile(means, [(1-level)/2, (1+level)/2]).tolist()
