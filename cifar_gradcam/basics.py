@@ -32,9 +32,11 @@ class Table:
     def _all(self): return [tuple(map(str,r)) for r in (self.head, *self.rows, *([self.foot] if self.foot else []))]
 
     def __repr__(self):
+        def is_number(cell): return cell[:1].isdigit() or cell[:1] in ('','-')
         rows = self._all()
-        right = [all(c[:1].isdigit() or c[:1] in ('','-') for c in col[1:]) for col in zip(*rows)] # numbers align on the right
-        widths = [max(map(len,col)) for col in zip(*rows)]
+        columns = list(zip(*rows))
+        right = [all(map(is_number, col[1:])) for col in columns] # numbers align on the right
+        widths = [max(map(len,col)) for col in columns]
         lines = ['  '.join(c.rjust(w) if r else c.ljust(w) for c,w,r in zip(row,widths,right)).rstrip() for row in rows]
         bar = '-'*max(map(len,lines))
         return '\n'.join([lines[0], bar, *lines[1:-1], bar, lines[-1]] if self.foot else [lines[0], bar, *lines[1:]])
@@ -50,7 +52,8 @@ def html_image(png:bytes, # Content of a PNG file
                style:str='', # CSS
               )->str: # HTML, and also well-formed XML
     "A picture as a piece of HTML that needs no other file"
-    return f'<img alt="{html.escape(alt)}" style="{html.escape(style)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" style="{html.escape(style)}" src="data:image/png;base64,{data}"/>'
 
 # %% ../nbs/00_basics.ipynb #ba51c011
 def progress_bar(items, # What to go through

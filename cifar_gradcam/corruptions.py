@@ -22,28 +22,48 @@ from .model import ModelInfo
 from .pictures import show_images
 
 # %% ../nbs/05a_corruptions.ipynb #b01bd76f
+_BLOCKS = dict(downscale=cv2.INTER_AREA, upscale=cv2.INTER_NEAREST_EXACT) # each block of pixels gets its mean
+
 CORRUPTIONS = { # name: (value -> transform, values of strengths 1..5)
-    'GaussNoise': (lambda v: A.GaussNoise(std_range=(v,v), p=1), (.04,.06,.08,.10,.12)), # standard deviation, full scale being 1
-    'ShotNoise': (lambda v: A.ShotNoise(scale_range=(v,v), p=1), (.002,.005,.01,.02,.03)), # of few photons: more where it is bright
-    'SaltAndPepper': (lambda v: A.SaltAndPepper(amount=(v,v), p=1), (.01,.02,.03,.05,.07)), # share of the pixels that are black or white
-    'GaussianBlur': (lambda v: A.GaussianBlur(blur_limit=0, sigma_limit=(v,v), p=1), (.4,.6,.8,1.,1.3)), # sigma, pixels
-    'MotionBlur': (lambda v: A.MotionBlur(blur_limit=(v,v), p=1), (3,5,7,9,11)), # length, pixels
-    'Brightness': (lambda v: A.RandomBrightnessContrast(brightness_limit=(v,v), contrast_limit=(0,0), p=1), (.1,.2,.3,.4,.5)), # added, full scale being 1
-    'Darkness': (lambda v: A.RandomBrightnessContrast(brightness_limit=(-v,-v), contrast_limit=(0,0), p=1), (.1,.2,.3,.4,.5)), # taken away
-    'Contrast': (lambda v: A.RandomBrightnessContrast(brightness_limit=(v,v), contrast_limit=(-v,-v), brightness_by_max=False, p=1), (.25,.4,.55,.7,.8)), # share that is lost; the mean stays
-    'ToGray': (lambda v: A.HueSaturationValue(0, (-v,-v), 0, p=1), (50,100,150,200,255)), # saturation that is lost, of 255
-    'Pixelate': (lambda v: A.Downscale(scale_range=(v,v), interpolation_pair=dict(downscale=cv2.INTER_AREA, upscale=cv2.INTER_NEAREST_EXACT), p=1), (.9,.8,.5,.35,.25)), # side that is left, as a share
-    'ImageCompression': (lambda v: A.ImageCompression(compression_type='jpeg', quality_range=(v,v), p=1), (80,65,50,35,20)), # JPEG quality
-    'Rotate': (lambda v: A.Rotate(limit=(v,v), border_mode=cv2.BORDER_REFLECT_101, p=1), (6,12,18,24,30)), # degrees, counter-clockwise
+    # standard deviation, full scale being 1
+    'GaussNoise': (lambda v: A.GaussNoise(std_range=(v,v), p=1), (.04,.06,.08,.10,.12)),
+    # of few photons: more where it is bright
+    'ShotNoise': (lambda v: A.ShotNoise(scale_range=(v,v), p=1), (.002,.005,.01,.02,.03)),
+    # share of the pixels that are black or white
+    'SaltAndPepper': (lambda v: A.SaltAndPepper(amount=(v,v), p=1), (.01,.02,.03,.05,.07)),
+    # sigma, pixels
+    'GaussianBlur': (lambda v: A.GaussianBlur(blur_limit=0, sigma_limit=(v,v), p=1), (.4,.6,.8,1.,1.3)),
+    # length, pixels
+    'MotionBlur': (lambda v: A.MotionBlur(blur_limit=(v,v), p=1), (3,5,7,9,11)),
+    # added, full scale being 1
+    'Brightness': (lambda v: A.RandomBrightnessContrast(brightness_limit=(v,v), contrast_limit=(0,0), p=1),
+                   (.1,.2,.3,.4,.5)),
+    # taken away
+    'Darkness': (lambda v: A.RandomBrightnessContrast(brightness_limit=(-v,-v), contrast_limit=(0,0), p=1),
+                 (.1,.2,.3,.4,.5)),
+    # share that is lost; the mean stays
+    'Contrast': (lambda v: A.RandomBrightnessContrast(brightness_limit=(v,v), contrast_limit=(-v,-v),
+                                                      brightness_by_max=False, p=1), (.25,.4,.55,.7,.8)),
+    # saturation that is lost, of 255
+    'ToGray': (lambda v: A.HueSaturationValue(0, (-v,-v), 0, p=1), (50,100,150,200,255)),
+    # side that is left, as a share
+    'Pixelate': (lambda v: A.Downscale(scale_range=(v,v), interpolation_pair=_BLOCKS, p=1), (.9,.8,.5,.35,.25)),
+    # JPEG quality
+    'ImageCompression': (lambda v: A.ImageCompression(compression_type='jpeg', quality_range=(v,v), p=1),
+                         (80,65,50,35,20)),
+    # degrees, counter-clockwise
+    'Rotate': (lambda v: A.Rotate(limit=(v,v), border_mode=cv2.BORDER_REFLECT_101, p=1), (6,12,18,24,30)),
 }
 
+# %% ../nbs/05a_corruptions.ipynb #wr2a0006
 def corrupt(data:ImageSet, # What to corrupt
             kind:str, # A key of `CORRUPTIONS`
             strength:int, # 1 (weak) to 5 (strong)
             seed:int=0, # Another seed draws other noise
            )->ImageSet:
     "The same images, corrupted; image `i` gets the same noise in every call with the same `seed`"
-    if kind not in CORRUPTIONS: raise ValueError(f"no corruption is called {kind!r}; there are {', '.join(CORRUPTIONS)}")
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"no corruption is called {kind!r}; there are {', '.join(CORRUPTIONS)}")
     if strength not in (1,2,3,4,5): raise ValueError(f"strength must lie in 1..5, got {strength!r}")
     make,values = CORRUPTIONS[kind]
     transform = make(values[strength-1])
@@ -78,7 +98,8 @@ class Robustness:
     @property
     def table(self)->Table:
         rows = [(k, *(f'{v:.1f}' for v in row), f'{row.mean():.1f}') for k,row in zip(self.kinds, self.accuracy)]
-        return Table(('corruption','1','2','3','4','5','mean'), rows, ('all', *(f'{v:.1f}' for v in self.accuracy.mean(0)), f'{self.mean:.1f}'))
+        foot = 'all', *(f'{v:.1f}' for v in self.accuracy.mean(0)), f'{self.mean:.1f}'
+        return Table(('corruption','1','2','3','4','5','mean'), rows, foot)
 
     def __repr__(self): return f'{self.table!r}\nclean: {self.clean:.1f} %; {self.n:,} images'
     def _repr_html_(self): return f'{self.table._repr_html_()}<p>clean: {self.clean:.1f} %; {self.n:,} images</p>'
@@ -101,7 +122,9 @@ def plot_robustness(r:Robustness # What `robustness` measured
     "Accuracy by kind and strength, as a map with its numbers"
     fig,ax = plt.subplots(figsize=(4.6, .7+.3*len(r.kinds)), layout='constrained')
     im = ax.imshow(r.accuracy, vmin=0, vmax=100, cmap='viridis', aspect='auto')
-    for (i,j),v in np.ndenumerate(r.accuracy): ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize=8, color='black' if v > 55 else 'white')
+    for (i,j),v in np.ndenumerate(r.accuracy):
+        color = 'black' if v > 55 else 'white' # on yellow and on blue
+        ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize=8, color=color)
     ax.set_yticks(range(len(r.kinds)), r.kinds, fontsize=8)
     ax.set_xticks(range(5), range(1,6), fontsize=8)
     ax.set_xlabel('strength', fontsize=8)

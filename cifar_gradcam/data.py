@@ -31,11 +31,14 @@ class ImageSet:
 
     def __post_init__(self):
         if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 of shape (N, H, W, 3), got {self.images.dtype} of shape {self.images.shape}")
+            raise ValueError("images must be uint8 of shape (N, H, W, 3), "
+                             f"got {self.images.dtype} of shape {self.images.shape}")
         if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"one label for each image is needed: {len(self.images)} images, labels of shape {self.labels.shape}")
+            raise ValueError(f"one label for each image is needed: {len(self.images)} images, "
+                             f"labels of shape {self.labels.shape}")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"labels must lie in 0..{len(self.classes)-1}, got {self.labels.min()}..{self.labels.max()}")
+            raise ValueError(f"labels must lie in 0..{len(self.classes)-1}, "
+                             f"got {self.labels.min()}..{self.labels.max()}")
 
     def __len__(self): return len(self.labels)
 
@@ -45,7 +48,8 @@ class ImageSet:
 
     @property
     def fingerprint(self)->str: # The same for the same images and labels, and for no others
-        return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16] + hashlib.sha256(np.ascontiguousarray(self.labels)).hexdigest()[:16]
+        def digits(a): return hashlib.sha256(np.ascontiguousarray(a)).hexdigest()[:16]
+        return digits(self.images) + digits(self.labels)
 
     def subset(self,
                idx # What to keep: a slice, indices or a boolean mask
@@ -77,7 +81,8 @@ def data_root(root=None # Folder for data sets; None: `$CIFAR_GRADCAM_DATA`, els
     path = Path(named).expanduser()
     if not path.is_dir():
         source = 'the argument' if root else '$CIFAR_GRADCAM_DATA'
-        raise FileNotFoundError(f"no such data folder: '{path}' (named by {source}). Create it, or name the folder that holds cifar-10-batches-py")
+        raise FileNotFoundError(f"no such data folder: '{path}' (named by {source}). "
+                                "Create it, or name the folder that holds cifar-10-batches-py")
     return path
 
 # %% ../nbs/00c_data.ipynb #933d162d
@@ -92,7 +97,8 @@ def _download_cifar10(root):
         root.mkdir(parents=True, exist_ok=True)
         download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except (OSError, RuntimeError, http.client.HTTPException) as e:
-        raise ConnectionError(f"CIFAR-10 is not in '{root}' and could not be downloaded ({e}). Put cifar-10-batches-py there, "
+        raise ConnectionError(f"CIFAR-10 is not in '{root}' and could not be downloaded ({e}). "
+                              "Put cifar-10-batches-py there, "
                               "or name the folder that holds it in CIFAR_GRADCAM_DATA") from e
     finally: socket.setdefaulttimeout(before)
 
@@ -107,10 +113,13 @@ def cifar10(split:str, # 'train' (50,000 images) or 'test' (10,000)
     files = _cifar10_files(root)
     for path,md5 in files.items():
         if path.exists() and (found := calculate_md5(path)) != md5:
-            raise ValueError(f"'{path}' is damaged: its md5 is {found}, it should be {md5}. Delete the file and run again to download it")
+            raise ValueError(f"'{path}' is damaged: its md5 is {found}, it should be {md5}. "
+                             "Delete the file and run again to download it")
     if not all(path.exists() for path in files):
-        if not download: raise FileNotFoundError(f"CIFAR-10 is not in '{root}': {Path(CIFAR10.base_folder)} is missing or incomplete. "
-                                                 "Allow the download, or name the folder that holds it in CIFAR_GRADCAM_DATA")
+        if not download:
+            raise FileNotFoundError(f"CIFAR-10 is not in '{root}': "
+                                    f"{Path(CIFAR10.base_folder)} is missing or incomplete. "
+                                    "Allow the download, or name the folder that holds it in CIFAR_GRADCAM_DATA")
         _download_cifar10(root)
     ds = CIFAR10(root, train=split=='train')
     return ImageSet('CIFAR-10', split, ds.data, np.array(ds.targets, dtype=np.int64), CIFAR10_CLASSES)
@@ -195,7 +204,8 @@ def shapes(split:str, # 'train' or 'test'
     if n is None: n = 6000 if split=='train' else 2000
     if n < 1: raise ValueError(f"n must be at least 1, got {n}")
     labels = np.arange(n)%len(SHAPE_CLASSES)
-    drawn = [draw_shape(SHAPE_CLASSES[y], np.random.default_rng((seed, split=='test', i)), size) for i,y in enumerate(labels)]
+    def rng(i): return np.random.default_rng((seed, split=='test', i)) # image i depends on no other
+    drawn = [draw_shape(SHAPE_CLASSES[y], rng(i), size) for i,y in enumerate(labels)]
     images,masks = map(np.stack, zip(*drawn))
     return ImageSet('Shapes', split, images, labels, SHAPE_CLASSES, masks)
 
@@ -204,7 +214,8 @@ def load_data(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
               root=None, # Folder of CIFAR-10; see `data_root`
              ): # train, test (`ImageSet`s), and a line that says what they are
     "The training and test images of a data set"
-    if dataset not in ('auto','cifar10','shapes'): raise ValueError(f"dataset must be 'auto', 'cifar10' or 'shapes', got {dataset!r}")
+    if dataset not in ('auto','cifar10','shapes'):
+        raise ValueError(f"dataset must be 'auto', 'cifar10' or 'shapes', got {dataset!r}")
     why = ''
     if dataset != 'shapes':
         try:
@@ -245,7 +256,8 @@ class Batches(torch.utils.data.Dataset):
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world: raise ValueError(f"rank must lie in 0..world-1, got rank {rank} of {world}")
         n = len(data)
-        self.data,self.transform,self.batch_size,self.key,self.rank,self.world = data,transform,batch_size,(seed,epoch),rank,world
+        self.data,self.transform,self.batch_size = data,transform,batch_size
+        self.key,self.rank,self.world = (seed,epoch),rank,world
         # the last number of the key keeps this stream apart from those of the batches, which count from 0
         self.order = np.random.default_rng((seed,epoch,2**31)).permutation(n) if shuffle else np.arange(n)
         self.n_batches = n//batch_size if drop_last else math.ceil(n/batch_size)
@@ -262,7 +274,8 @@ class Batches(torch.utils.data.Dataset):
 # %% ../nbs/00c_data.ipynb #365fffdf
 def _start_worker(worker_id):
     cv2.setNumThreads(0) # on 32 pixels, a pool of threads in each worker only costs time
-    # Ctrl-C and the SIGTERM of `timeout`, torchrun or systemd reach every process; the one that trains decides, and a worker ends when that one has
+    # Ctrl-C and the SIGTERM of `timeout`, torchrun or systemd reach every process;
+    # the one that trains decides, and a worker ends when that one has
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 def loader(data:ImageSet, # Where the images come from
@@ -275,5 +288,6 @@ def loader(data:ImageSet, # Where the images come from
           )->torch.utils.data.DataLoader:
     "Batches of (x float32 (B, 3, H, W), y int64 (B,)), the same for any number of workers"
     batches = Batches(data, transform, batch_size, **kwargs)
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(len(batches))[start:stop], num_workers=n_workers,
+    numbers = range(len(batches))[start:stop]
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, num_workers=n_workers,
                                        worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available())

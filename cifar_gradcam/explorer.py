@@ -30,23 +30,32 @@ from .transforms import test_transforms
 def stages(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
            images:torch.Tensor, # (N, C, H, W); the first one is tried
           )->list: # Dotted names
-    "The large parts of `model` that put out maps, in the order in which they run; if it has none, the last layer with a map"
+    "The large parts of `model` that put out maps, in the order they run in; if none does, the last layer with a map"
     model,found = unwrapped(model),{}
-    def note(name):
-        def hook(module, args, out):
-            if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2:].numel() > 1: found[name] = True
-        return hook
-    with undisturbed(model): forward(model, images[:1], [(m, note(name)) for name,m in model.named_children() if any(True for _ in m.children())])
+    names = {m: name for name,m in model.named_children() if any(True for _ in m.children())}
+    def note(module, args, out):
+        if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2:].numel() > 1: found[names[module]] = True
+    with undisturbed(model): forward(model, images[:1], [(m, note) for m in names])
     return list(found) or [last_layer(model, images)]
 
-# %% ../nbs/05d_explorer.ipynb #9acd8e79
-_STATUS = {'ok': 'ok', 'zero': 'zero, nothing speaks for it', 'flat': 'flat, the same everywhere', 'not finite': 'not finite'} # in words
+# %% ../nbs/05d_explorer.ipynb #wr2a0013
+_STATUS = {'ok': 'ok', 'zero': 'zero, nothing speaks for it', # in words
+           'flat': 'flat, the same everywhere', 'not finite': 'not finite'}
 
 def _ipywidgets():
     try: import ipywidgets # only there in a notebook
-    except ImportError as e: raise ImportError('the explorer needs ipywidgets: pip install "cifar_gradcam[notebook]"') from e
+    except ImportError as e:
+        raise ImportError('the explorer needs ipywidgets: pip install "cifar_gradcam[notebook]"') from e
     return ipywidgets
 
+def _title(ax, above, below, color='black'): ax.set_title(f'{above}\n{below}', fontsize=9, color=color)
+
+def _below(ax, text): ax.text(.5, -.03, text, transform=ax.transAxes, ha='center', va='top', fontsize=8)
+
+def _instead(ax, text): # in the place of a map
+    ax.text(.5, .5, textwrap.fill(text, 30), transform=ax.transAxes, ha='center', va='center', fontsize=8)
+
+# %% ../nbs/05d_explorer.ipynb #9acd8e79
 class Explorer:
     "Controls for a notebook: images of a pair of classes one by one, each with its maps"
     def __init__(self,
@@ -56,38 +65,55 @@ class Explorer:
                  layers=None, # Modules of `model`, or their dotted names; None: those of `stages`
                 ):
         w = _ipywidgets()
-        if not isinstance(data, (ImageSet,Predictions)): raise TypeError(f"data must be an ImageSet or Predictions, got {type(data).__name__}")
+        if not isinstance(data, (ImageSet,Predictions)):
+            raise TypeError(f"data must be an ImageSet or Predictions, got {type(data).__name__}")
         images = data if isinstance(data, ImageSet) else data.data
         if not len(images): raise ValueError("there is no image to look at: data is empty")
-        self.model,self._tfm,self._made,self._silent = model,test_transforms(info.mean, info.std),{},False
+        self.model,self._tfm = model,test_transforms(info.mean, info.std)
+        self._made,self._silent = {},False
         if layers is None: names = stages(model, self._input(images.images[0]))
         else: names = [find_layer(model, l)[0] for l in (layers if isinstance(layers, (list,tuple)) else [layers])]
         if not names: raise ValueError("layers is empty; name at least one, or None for those that are found")
-        self.p = p = predictions(model, data, info) if isinstance(data, ImageSet) else data
-        if p.logits.shape[1] != len(images.classes): raise ValueError(f"the model has {p.logits.shape[1]} classes, and the data {len(images.classes)}")
-        wide,n = dict(style={'description_width':'70px'}, layout={'width':'300px'}),p.confusion.sum(1)
-        self.actual = w.Dropdown(description='actual', options=[(f'{c}: {n[k]-p.confusion[k,k]:,} of {n[k]:,} wrong', k) for k,c in enumerate(images.classes) if n[k]], **wide)
-        self.predicted = w.Dropdown(description='predicted', **wide)
-        self.method = w.Dropdown(description='method', options=list(METHODS), **wide)
-        self.layer = w.Dropdown(description='layer', options=names, value=names[-1], **wide)
-        self.place = w.IntSlider(description='image', value=1, min=1, max=1, continuous_update=False, style={'description_width':'70px'}, layout={'width':'420px'})
-        self.previous,self.next = (w.Button(description=d, layout={'width':'90px'}) for d in ('previous','next'))
-        self.words,self.picture = w.HTML(),w.HTML()
-        self.box = w.VBox([w.HBox([self.actual, self.predicted]), w.HBox([self.method, self.layer]), w.HBox([self.place, self.previous, self.next]), self.words, self.picture])
-        wrong = p.confusion*(1-np.eye(len(p.confusion), dtype=int))
-        self.actual.value = int(wrong.sum(1).argmax()) if wrong.any() else self.actual.options[0][1]
+        self.p = predictions(model, data, info) if isinstance(data, ImageSet) else data
+        if self.p.logits.shape[1] != len(images.classes):
+            raise ValueError(f"the model has {self.p.logits.shape[1]} classes, and the data {len(images.classes)}")
+        self._make_controls(w, names)
         self._offer()
         self._begin()
         self._show()
-        for control in (self.actual, self.predicted, self.method, self.layer, self.place): control.observe(self._changed, 'value')
-        for button,step in ((self.previous,-1),(self.next,1)): button.on_click(lambda _,step=step: self._step(step))
+        self._listen()
 
     def _input(self, image): return self._tfm(image=image)['image'][None].to(next(self.model.parameters()).device)
 
+    def _make_controls(self, w, layers): # with `ipywidgets` as w; the actual class is the one with most mistakes
+        n = self.p.confusion.sum(1)
+        wrong = n-self.p.confusion.diagonal()
+        actual = [(f'{c}: {wrong[k]:,} of {n[k]:,} wrong', k) for k,c in enumerate(self.p.data.classes) if n[k]]
+        first = int(wrong.argmax()) if wrong.any() else actual[0][1]
+        label = {'description_width':'70px'}
+        wide = dict(style=label, layout={'width':'300px'})
+        self.actual = w.Dropdown(description='actual', options=actual, value=first, **wide)
+        self.predicted = w.Dropdown(description='predicted', **wide)
+        self.method = w.Dropdown(description='method', options=list(METHODS), **wide)
+        self.layer = w.Dropdown(description='layer', options=layers, value=layers[-1], **wide)
+        self.place = w.IntSlider(description='image', value=1, min=1, max=1, continuous_update=False,
+                                 style=label, layout={'width':'420px'})
+        self.previous,self.next = (w.Button(description=d, layout={'width':'90px'}) for d in ('previous','next'))
+        self.words,self.picture = w.HTML(),w.HTML()
+        rows = (self.actual, self.predicted), (self.method, self.layer), (self.place, self.previous, self.next)
+        self.box = w.VBox([*map(w.HBox, rows), self.words, self.picture])
+
+    def _listen(self): # from here on, a control that is moved changes what is shown
+        for control in (self.actual, self.predicted, self.method, self.layer, self.place):
+            control.observe(self._changed, 'value')
+        self.previous.on_click(lambda _: self._step(-1))
+        self.next.on_click(lambda _: self._step(1))
+
     def _offer(self): # the classes that the actual one is taken for, the most frequent mistake chosen
-        k,classes = self.actual.value,self.p.data.classes
+        k = self.actual.value
         row = self.p.confusion[k]
-        self.predicted.options = [(f'{classes[j]}{" (right)" if j == k else ""}: {row[j]:,}', j) for j in range(len(classes)) if row[j]]
+        self.predicted.options = [(f'{c}{" (right)" if j == k else ""}: {row[j]:,}', j)
+                                  for j,c in enumerate(self.p.data.classes) if row[j]]
         self.predicted.value = max((j for _,j in self.predicted.options), key=lambda j: (j != k, row[j]))
 
     def _begin(self): # at the surest image of the pair
@@ -112,71 +138,96 @@ class Explorer:
         return int(self.numbers[self.place.value-1])
 
     @property
-    def pair(self)->tuple: # The predicted class and the one that it is compared with: the actual one or, where that is the same, the second most probable
-        says,is_ = int(self.predicted.value),int(self.actual.value)
-        if says != is_ or len(self.p.data.classes) < 2: return says,is_
-        return says,next(k for k in self.p.logits[self.number].argsort(descending=True, stable=True).tolist() if k != says)
+    def _right(self)->bool: # Is the image on show rightly predicted?
+        return self.predicted.value == self.actual.value
 
     @property
-    def maps(self)->tuple: # For the predicted class, for the other one, and for the first rather than the second: a `CAMResult`, or a text that says why there is none
+    def pair(self)->tuple: # The predicted class and the one that it is compared with
+        "The other one is the actual class or, where that is the same, the second most probable"
+        says,is_ = int(self.predicted.value),int(self.actual.value)
+        if says != is_ or len(self.p.data.classes) < 2: return says,is_
+        ranked = self.p.logits[self.number].argsort(descending=True, stable=True).tolist()
+        return says,next(k for k in ranked if k != says)
+
+    def _make_maps(self): # as `maps` gives them
+        cam = METHODS[self.method.value](self.model, self.layer.value)
+        x = self._input(self.p.data.images[self.number])
+        def explain(target):
+            try: return cam(x, target)
+            except (TypeError,ValueError) as e: return str(e)
+        a,b,c = (explain(target) for target in (*self.pair, contrast(*self.pair)))
+        if not isinstance(a, str) and not isinstance(b, str) and a.raw.any() and torch.equal(a.raw, b.raw):
+            c = 'The map is the same for both classes, so it has no contrast.'
+        return a,b,c
+
+    @property
+    def maps(self)->tuple: # Of each a `CAMResult`, or a text that says why there is none
+        "For the predicted class, for the other one, and for the first rather than the second"
         key = self.number,self.method.value,self.layer.value
-        if key not in self._made:
-            cam,x,made = METHODS[key[1]](self.model, key[2]),self._input(self.p.data.images[key[0]]),[]
-            for target in (*self.pair, contrast(*self.pair)):
-                try: made.append(cam(x, target))
-                except (TypeError,ValueError) as e: made.append(str(e))
-            a,b,_ = made
-            if not isinstance(a, str) and not isinstance(b, str) and a.raw.any() and torch.equal(a.raw, b.raw): made[2] = 'The map is the same for both classes, so it has no contrast.'
-            self._made[key] = tuple(made)
+        if key not in self._made: self._made[key] = self._make_maps()
         return self._made[key]
 
     def __repr__(self): # what is on show, in words
         p,i,maps = self.p,self.number,self.maps
-        def class_(k): return f'{p.data.classes[k]} ({p.probabilities[i,k]:.2f})'
         def say(m): return m if isinstance(m, str) else _STATUS[m.status[0]]
-        says,other = self.pair
-        right = self.predicted.value == self.actual.value
-        what = f'rightly predicted {class_(says)}, compared with {class_(other)}, the second most probable' if right else f'predicted {class_(says)}, actually {class_(other)}'
+        a,b = (f'{p.data.classes[k]} ({p.probabilities[i,k]:.2f})' for k in self.pair)
+        if self._right: what = f'rightly predicted {a}, compared with {b}, the second most probable'
+        else: what = f'predicted {a}, actually {b}'
+        where = f'{p.data.name} {p.data.split}, image {i}, {self.place.value} of {len(self.numbers)} of its pair'
         size = next((f', {m.raw.shape[1]} x {m.raw.shape[2]}' for m in maps if not isinstance(m, str)), '')
-        names = f'for {p.data.classes[says]}',f'for {p.data.classes[other]}','contrast'
-        return (f'{p.data.name} {p.data.split}, image {i}, {self.place.value} of {len(self.numbers)} of its pair: {what}. {self.method.value} at {self.layer.value}{size}; '
-                + '; '.join(f'{name}: {say(m)}' for name,m in zip(names, maps)))
+        names = *(f'for {p.data.classes[k]}' for k in self.pair),'contrast'
+        found = '; '.join(f'{name}: {say(m)}' for name,m in zip(names, maps))
+        return f'{where}: {what}. {self.method.value} at {self.layer.value}{size}; {found}'
 
     def figure(self): # The matplotlib figure
         "The picture that is on show"
-        p,i,maps = self.p,self.number,self.maps
-        says,other = self.pair
-        image,classes = p.data.images[i],p.data.classes
-        right = self.predicted.value == self.actual.value
-        fig,(a,*pair,scale,c,signed,bars) = plt.subplots(1, 7, figsize=(11.5,2.9), layout='constrained', width_ratios=(1,1,1,.05,1,.05,.7))
-        for ax in (a,*pair,c): ax.axis('off')
-        def title(ax, above, below, color='black'): ax.set_title(f'{above}\n{below}', fontsize=9, color=color)
-        def remark(ax, text): ax.text(.5, .5, textwrap.fill(text, 30), transform=ax.transAxes, ha='center', va='center', fontsize=8)
-        a.imshow(image, interpolation='nearest')
-        title(a, f'image {i}', f'{self.place.value} of {len(self.numbers)} of its pair')
-        shown = [m for m in maps[:2] if not isinstance(m, str)]
-        top = max((float(m.positive.max()) for m in shown), default=0) or 1.
-        for ax,m,k,color,role in zip(pair, maps, (says,other), ('tab:red','tab:blue'), ('predicted, right' if right else 'predicted', 'second' if right else 'actual')):
-            title(ax, f'for {classes[k]}', f'{role}, {p.probabilities[i,k]:.2f}', color)
-            if isinstance(m, str): remark(ax, m); continue
-            ax.imshow(overlay(image, m.positive[0]/top, .45), interpolation='nearest')
-            if m.status != ['ok']: ax.text(.5, -.03, _STATUS[m.status[0]], transform=ax.transAxes, ha='center', va='top', fontsize=8)
-        fig.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), cax=scale).set_label("share of the pair's maximum", fontsize=8)
-        title(c, 'contrast', f'{classes[says]} rather than {classes[other]}')
-        if isinstance(maps[2], str): remark(c, maps[2]); signed.axis('off')
-        else:
-            m = maps[2].enlarged()[0].cpu().numpy()
-            limit = float(np.abs(m).max()) or 1.
-            fig.colorbar(c.imshow(m, cmap=SIGNED, vmin=-limit, vmax=limit, interpolation='nearest'), cax=signed).set_label(f'red: {classes[says]}, blue: {classes[other]}', fontsize=8)
-            if maps[2].status[0] == 'not finite': c.text(.5, -.03, _STATUS['not finite'], transform=c.transAxes, ha='center', va='top', fontsize=8)
-        best = p.logits[i].argsort(descending=True, stable=True)[:10].tolist()
-        bars.barh(range(len(best)), [100*p.probabilities[i,k] for k in best], color=['tab:red' if k == says else 'tab:blue' if k == other else 'tab:gray' for k in best])
-        bars.set_yticks(range(len(best)), [classes[k] for k in best])
-        bars.invert_yaxis()
-        bars.set(xlim=(0,100))
-        bars.set_xlabel('probability, %', fontsize=8)
-        for ax in (scale,signed,bars): ax.tick_params(labelsize=8)
+        fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,2.9), layout='constrained',
+                                                                        width_ratios=(1,1,1,.05,1,.05,.7))
+        for ax in (image,*pair,signed): ax.axis('off')
+        image.imshow(self.p.data.images[self.number], interpolation='nearest')
+        _title(image, f'image {self.number}', f'{self.place.value} of {len(self.numbers)} of its pair')
+        self._draw_pair(pair, scale)
+        self._draw_contrast(signed, signed_scale)
+        self._draw_probabilities(bars)
+        for ax in (scale,signed_scale,bars): ax.tick_params(labelsize=8)
         return fig
+
+    def _draw_pair(self, axs, scale): # what speaks for each class, on one scale
+        p,i,pair,maps = self.p,self.number,self.pair,self.maps[:2]
+        top = max((float(m.positive.max()) for m in maps if not isinstance(m, str)), default=0) or 1.
+        roles = ('predicted, right','second') if self._right else ('predicted','actual')
+        for ax,m,k,color,role in zip(axs, maps, pair, ('tab:red','tab:blue'), roles):
+            _title(ax, f'for {p.data.classes[k]}', f'{role}, {p.probabilities[i,k]:.2f}', color)
+            if isinstance(m, str): _instead(ax, m); continue
+            ax.imshow(overlay(p.data.images[i], m.positive[0]/top, .45), interpolation='nearest')
+            if m.status != ['ok']: _below(ax, _STATUS[m.status[0]])
+        bar = scale.figure.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), cax=scale)
+        bar.set_label("share of the pair's maximum", fontsize=8)
+
+    def _draw_contrast(self, ax, scale): # what speaks for the one rather than for the other
+        says,other = (self.p.data.classes[k] for k in self.pair)
+        result = self.maps[2]
+        _title(ax, 'contrast', f'{says} rather than {other}')
+        if isinstance(result, str):
+            _instead(ax, result)
+            scale.axis('off')
+            return
+        m = result.enlarged()[0].cpu().numpy()
+        limit = float(np.abs(m).max()) or 1.
+        drawn = ax.imshow(m, cmap=SIGNED, vmin=-limit, vmax=limit, interpolation='nearest')
+        ax.figure.colorbar(drawn, cax=scale).set_label(f'red: {says}, blue: {other}', fontsize=8)
+        if result.status[0] == 'not finite': _below(ax, _STATUS['not finite'])
+
+    def _draw_probabilities(self, ax): # of the ten most probable classes
+        p,i,(says,other) = self.p,self.number,self.pair
+        best = p.logits[i].argsort(descending=True, stable=True)[:10].tolist()
+        color = {other: 'tab:blue', says: 'tab:red'}
+        ax.barh(range(len(best)), [100*p.probabilities[i,k] for k in best],
+                color=[color.get(k, 'tab:gray') for k in best])
+        ax.set_yticks(range(len(best)), [p.data.classes[k] for k in best])
+        ax.invert_yaxis()
+        ax.set(xlim=(0,100))
+        ax.set_xlabel('probability, %', fontsize=8)
 
     def _show(self):
         self.words.value = f'{self.method.value} at {self.layer.value} is at work ...'
@@ -187,7 +238,9 @@ class Explorer:
             raise
         fig.savefig(png, dpi=144)
         plt.close(fig)
-        self.picture.value = html_image(png.getvalue(), 'the picture of which the line above says what it shows', f'width:{96*fig.get_figwidth():.0f}px;max-width:100%')
+        alt = 'the picture of which the line above says what it shows'
+        style = f'width:{96*fig.get_figwidth():.0f}px;max-width:100%'
+        self.picture.value = html_image(png.getvalue(), alt, style)
         self.words.value = f'<p style="line-height:1.4">{html.escape(words)}</p>'
 
     def _ipython_display_(self):

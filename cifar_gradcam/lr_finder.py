@@ -37,6 +37,7 @@ class LRCurve:
         "A third of the rate at which the smoothed loss is lowest: a peak with some distance to where it explodes"
         return float(self.recipe.lr*self.factors[self.smooth.argmin()]/3)
 
+# %% ../nbs/03a_lr_finder.ipynb #wr2a0002
 def find_lr(recipe:Recipe, # How to train; its schedule is not used
             train:ImageSet, # What to train on
             low:float=.001, # First learning rate, as a multiple of the recipe's peak, over 0
@@ -44,7 +45,7 @@ def find_lr(recipe:Recipe, # How to train; its schedule is not used
             n_steps:int=100, # From `low` to `high`, at least 2
             **kwargs # `device`, `amp`, `n_workers`: see `Trainer`
            )->LRCurve:
-    "Train a new network with a learning rate that rises with every step, until the loss is four times the lowest or `high` is reached"
+    "Train a new network at a rate that rises with every step, up to `high` or until the loss is four times the lowest"
     if not 0 < low < high: raise ValueError(f"0 < low < high is needed, got low {low} and high {high}")
     if n_steps < 2: raise ValueError(f"n_steps must be at least 2, got {n_steps}")
     factors,losses = np.geomspace(low, high, n_steps),[]
@@ -58,6 +59,7 @@ def find_lr(recipe:Recipe, # How to train; its schedule is not used
         if losses[-1] > 4*min(losses): break
     return LRCurve(factors[:len(losses)], np.array(losses), recipe)
 
+# %% ../nbs/03a_lr_finder.ipynb #wr2a0004
 def plot_lr(c:LRCurve # What `find_lr` found
            ): # The matplotlib figure
     "Loss against learning rate, and the suggested peak"
@@ -67,6 +69,8 @@ def plot_lr(c:LRCurve # What `find_lr` found
     ax.semilogx(lr, c.smooth, color='tab:blue', label='smoothed')
     ax.axvline(c.best, color='tab:red', ls='--', label=f'a third of the best: {c.best:.2g}')
     ax.axvline(c.recipe.lr, color='gray', ls=':', label=f"recipe '{c.recipe.name}': {c.recipe.lr:g}")
-    ax.set(xlabel='peak learning rate (of SGD)', ylabel='training loss, nats', ylim=(.9*c.smooth.min(), 1.3*c.losses[0]), title=f'{c.recipe.sizes[0]} px, batches of {c.recipe.batch_size}')
-    ax.title.set_fontsize(10); ax.legend(fontsize=8); ax.grid(alpha=.3)
+    ax.set(xlabel='peak learning rate (of SGD)', ylabel='training loss, nats',
+           ylim=(.9*c.smooth.min(), 1.3*c.losses[0]))
+    ax.set_title(f'{c.recipe.sizes[0]} px, batches of {c.recipe.batch_size}', fontsize=10)
+    ax.legend(fontsize=8); ax.grid(alpha=.3)
     return fig

@@ -27,23 +27,26 @@ from .transforms import CIFAR10_MEAN, CIFAR10_STD
 
 # %% ../nbs/02_model.ipynb #6eeb9d76
 def resnet18(n_classes:int=10, # Number of classes, at least 1
-             pretrained:bool=False, # With the weights that come with the package, for CIFAR-10's 10 classes, in eval mode?
+             pretrained:bool=False, # With the package's own weights, for CIFAR-10's 10 classes, in eval mode?
             )->nn.Module: # (N, 3, H, W) normalised images -> (N, n_classes) logits; made for H = W = 32
     "torchvision's ResNet-18 with the CIFAR stem: 3 x 3, stride 1, no max-pool"
     if n_classes < 1: raise ValueError(f"n_classes must be at least 1, got {n_classes}")
     if pretrained:
-        if n_classes != 10: raise ValueError(f"the weights that come with the package are for the 10 classes of CIFAR-10, not for {n_classes}")
+        if n_classes != 10:
+            raise ValueError("the weights that come with the package are for the 10 classes of CIFAR-10, "
+                             f"not for {n_classes}")
         return load_model(PRETRAINED)[0]
     model = torchvision.models.resnet18(num_classes=n_classes)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does for the others
+    # as torchvision does for the other convolutions
+    nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     model.maxpool = nn.Identity()
     return model
 
 # %% ../nbs/02_model.ipynb #2e9e0011
 def tiny(n_classes:int=10 # Number of classes, at least 1
         )->nn.Module: # (N, 3, H, W) normalised images -> (N, n_classes) logits
-    "A network for lessons and tests: four convolutions with batch norm and ReLU, an average over the map, a linear layer"
+    "For lessons and tests: four convolutions with batch norm and ReLU, an average over the map, a linear layer"
     if n_classes < 1: raise ValueError(f"n_classes must be at least 1, got {n_classes}")
     def stage(channels, filters, stride):
         conv = nn.Conv2d(channels, filters, 3, stride=stride, padding=1, bias=False)
@@ -63,7 +66,8 @@ def count_flop(model:nn.Module, # Any model that takes images
     # eval mode: one image is too few for the statistics of a batch norm in training
     with eval_mode(model), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         out = model(x)
-        if backward: torch.autograd.grad(out.sum(), [p for p in params if p.requires_grad]) # unlike backward(), leaves every .grad alone
+        if backward: # by grad(), which unlike backward() leaves every .grad alone
+            torch.autograd.grad(out.sum(), [p for p in params if p.requires_grad])
     return counter.get_total_flops()
 
 # %% ../nbs/02_model.ipynb #9e1f1aff
@@ -85,8 +89,9 @@ class Summary:
 
     @property
     def table(self)->Table:
-        rows = [(l.name, l.kind, ' x '.join(map(str,l.shape)), f'{l.parameters:,}', f'{l.gflop:.4f}') for l in self.layers]
-        return Table(('layer','kind','output','parameters','GFLOP'), rows, ('total','','',f'{self.parameters:,}',f'{self.gflop:.4f}'))
+        def row(l): return l.name, l.kind, ' x '.join(map(str,l.shape)), f'{l.parameters:,}', f'{l.gflop:.4f}'
+        total = 'total','','',f'{self.parameters:,}',f'{self.gflop:.4f}'
+        return Table(('layer','kind','output','parameters','GFLOP'), [row(l) for l in self.layers], total)
 
     def __repr__(self): return repr(self.table)
     def _repr_html_(self): return self.table._repr_html_()
@@ -96,27 +101,25 @@ def summary(model:nn.Module, # Any model that takes images
             size:int=32, # Side of the image, pixels
            )->Summary:
     "The layers of `model` that do the work: name, kind, output, parameters, GFLOP"
-    layers,handles = [],[]
+    names = {m: name for name,m in model.named_modules() if name and not list(m.children())}
+    layers,started,counter = [],[],FlopCounterMode(display=False)
+    def before(m, args): started.append(counter.get_total_flops())
+    def after(m, args, out):
+        flop = counter.get_total_flops()-started.pop()
+        parameters = sum(p.numel() for p in m.parameters())
+        layers.append(LayerInfo(names[m], type(m).__name__, tuple(out.shape[1:]), parameters, flop/1e9))
     p = next(model.parameters())
+    image = torch.zeros(1, 3, size, size, device=p.device, dtype=p.dtype)
+    handles = [h for m in names for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     try:
-        with eval_mode(model), FlopCounterMode(display=False) as counter, torch.no_grad():
-            def row(name, m, start):
-                def after(_, args, out): layers.append(LayerInfo(name, type(m).__name__, tuple(out.shape[1:]),
-                    sum(q.numel() for q in m.parameters()), (counter.get_total_flops()-start.pop())/1e9))
-                return after
-            for name,m in model.named_modules():
-                if name and not list(m.children()):
-                    start = []
-                    handles.append(m.register_forward_pre_hook(lambda m,a,start=start: start.append(counter.get_total_flops())))
-                    handles.append(m.register_forward_hook(row(name, m, start)))
-            model(torch.zeros(1, 3, size, size, device=p.device, dtype=p.dtype))
-            total = counter.get_total_flops()
+        with eval_mode(model), counter, torch.no_grad(): model(image)
     finally:
         for h in handles: h.remove()
-    return Summary(tuple(layers), sum(q.numel() for q in model.parameters()), total/1e9)
+    return Summary(tuple(layers), sum(p.numel() for p in model.parameters()), counter.get_total_flops()/1e9)
 
 # %% ../nbs/02_model.ipynb #2e9e0002
-NETWORKS = {'resnet18': resnet18, 'tiny': tiny} # Name of a network in a model file -> function that makes one, of the number of classes
+# name of a network in a model file -> function that makes one, of the number of classes
+NETWORKS = {'resnet18': resnet18, 'tiny': tiny}
 
 # %% ../nbs/02_model.ipynb #955b27e6
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class ModelInfo:
     def from_json(cls, s):
         d = json.loads(s)
         if unknown := d.keys() - cls.__dataclass_fields__.keys():
-            raise ValueError(f"the metadata of the model has entries that this version does not know: {', '.join(sorted(unknown))}")
+            raise ValueError("the metadata of the model has entries that this version does not know: "
+                             f"{', '.join(sorted(unknown))}")
         return cls(**{k: tuple(v) if isinstance(v,list) else v for k,v in d.items()})
 
 # %% ../nbs/02_model.ipynb #00b3f3d4
@@ -149,12 +153,13 @@ def save_model(model:nn.Module, # A `resnet18`
                info:ModelInfo=ModelInfo(), # What goes with it
                half:bool=False, # Round what is float32 to float16?
               ):
-    "Save weights and what has to be known beside them, as safetensors, in one step. Raises `ValueError` if a value is too large for `half`"
+    "Save weights and `info` as safetensors, in one step. Raises `ValueError` if a value is too large for `half`"
     tensors = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     if half:
         tensors = {k: v.half() if v.dtype == torch.float32 else v for k,v in tensors.items()}
         for k,v in tensors.items():
-            if not v.isfinite().all(): raise ValueError(f"{k} holds values that are not finite in float16; save it without half=True")
+            if not v.isfinite().all():
+                raise ValueError(f"{k} holds values that are not finite in float16; save it without half=True")
     meta = dict(format='cifar_gradcam 1', info=info.to_json(), sha256=digest(tensors, info.to_json()))
     write_atomically(path, save(tensors, meta))
 
@@ -171,8 +176,11 @@ def load_model(path, # File that `save_model` wrote
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
         with path.open('rb') as f: head = f.read(2)
-        if head == b'PK' or head[:1] == b'\x80' and head[1:] in (b'\2', b'\3', b'\4', b'\5'): # the first bytes of a zip (torch.save) and of a bare pickle
-            raise ValueError(f"'{path}' is a pickle (a file of torch.save?), which can run any code when it is opened, so it was not. "
+        zipped = head == b'PK' # as torch.save writes it
+        pickled = head[:1] == b'\x80' and head[1:] in (b'\2', b'\3', b'\4', b'\5') # a bare pickle, and its protocol
+        if zipped or pickled:
+            raise ValueError(f"'{path}' is a pickle (a file of torch.save?), "
+                             "which can run any code when it is opened, so it was not. "
                              "Where you trust it, load it yourself and convert it with save_model") from e
         raise ValueError(f"'{path}' is cut short, damaged or no safetensors file ({e})") from e
     if meta.get('format') != 'cifar_gradcam 1':
@@ -180,10 +188,12 @@ def load_model(path, # File that `save_model` wrote
     if digest(tensors, meta.get('info','')) != meta.get('sha256'):
         raise ValueError(f"'{path}' is damaged: it does not hold what was saved (SHA-256)")
     info = ModelInfo.from_json(meta['info'])
-    if info.network not in NETWORKS: raise ValueError(f"'{path}' holds a network called {info.network!r}; this version knows {', '.join(NETWORKS)}")
+    if info.network not in NETWORKS:
+        raise ValueError(f"'{path}' holds a network called {info.network!r}; this version knows {', '.join(NETWORKS)}")
     model = NETWORKS[info.network](len(info.classes))
     try: model.load_state_dict(tensors)
-    except RuntimeError as e: raise ValueError(f"'{path}' does not hold a {info.network}: {str(e).splitlines()[1].strip()}") from e
+    except RuntimeError as e:
+        raise ValueError(f"'{path}' does not hold a {info.network}: {str(e).splitlines()[1].strip()}") from e
     return model.eval().to(device), info
 
 # %% ../nbs/02_model.ipynb #660b677d

@@ -46,7 +46,8 @@ class Muon(torch.optim.Optimizer):
                 state['momentum'].mul_(group['momentum']).add_(p.grad)
                 ahead = p.grad.add(state['momentum'], alpha=group['momentum'])
                 p.mul_(len(p)**.5/p.norm())
-                p.add_(orthogonalize(ahead.reshape(len(p), -1), self.rounds, self.dtype).view(p.shape), alpha=-group['lr'])
+                direction = orthogonalize(ahead.reshape(len(p), -1), self.rounds, self.dtype)
+                p.add_(direction.view(p.shape), alpha=-group['lr'])
 
     def flop(self)->int:
         "Floating-point operations of one step, those of the matrix products"

@@ -22,13 +22,15 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
                 cell:float=1.1, # Width of one image, inches
                 suptitle:str|None=None, # Title of the whole figure
                 colorbar:str|None=None, # Label of a colour bar; None: no bar
-                **kwargs # Passed on to `imshow`: `cmap`, `vmin`, `vmax`, which images in colours need for their colour bar only
+                **kwargs # To `imshow`: `cmap`, `vmin`, `vmax`, which images in colours need for their colour bar only
                ): # The matplotlib figure
     "A grid of small images, enlarged with sharp pixels"
     images = list(images)
     if not images: raise ValueError("there is no image to show")
-    titles = [[(t,'black')] if isinstance(t,str) else list(t) for t in titles] if titles is not None else [[]]*len(images)
-    if len(titles) != len(images): raise ValueError(f"one title for each image is needed: {len(images)} images, {len(titles)} titles")
+    if titles is None: titles = [[]]*len(images)
+    titles = [[(t,'black')] if isinstance(t,str) else list(t) for t in titles]
+    if len(titles) != len(images):
+        raise ValueError(f"one title for each image is needed: {len(images)} images, {len(titles)} titles")
     lines = max(map(len, titles))
     ncols = min(ncols, len(images))
     nrows = math.ceil(len(images)/ncols)
@@ -42,8 +44,11 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
         drawn = ax.imshow(image, interpolation='nearest', **kwargs)
         ax.set_title('\n'*max(len(title)-1,0) + ' ', fontsize=8, pad=2) # room for the lines, which are drawn one by one
         for k,(text,color) in enumerate(reversed(title)):
-            ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points', ha='center', va='bottom', fontsize=8, color=color)
-    if colorbar: fig.colorbar(drawn, ax=axs, fraction=.05, pad=.02).set_label(colorbar, fontsize=min(10, 120*height/len(colorbar))) # along a single row a long label has to be small
+            ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points',
+                        ha='center', va='bottom', fontsize=8, color=color)
+    if colorbar:
+        fontsize = min(10, 120*height/len(colorbar)) # along a single row a long label has to be small
+        fig.colorbar(drawn, ax=axs, fraction=.05, pad=.02).set_label(colorbar, fontsize=fontsize)
     if head: fig.suptitle('\n'.join(head), fontsize=10)
     return fig
 
@@ -56,23 +61,29 @@ def read_image(path # An image file, in any format that Pillow reads
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)
-            if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im)>>8).astype(np.uint8)) # convert() would cut off at 255
+            if im.mode.startswith('I;16'): # convert() would cut off at 255
+                im = Image.fromarray((np.asarray(im)>>8).astype(np.uint8))
             if im.has_transparency_data: # what is transparent is shown on white
                 im = im.convert('RGBA')
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
             return np.array(im.convert('RGB'))
     except UnidentifiedImageError as e: raise ValueError(f"'{path}' is not an image that Pillow can read") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise ValueError(f"'{path}' is a damaged image ({e})") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"'{path}' is a damaged image ({e})") from e
 
 # %% ../nbs/00b_pictures.ipynb #df952b2e
 def resized(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W)
             size=32, # The shorter side of what comes out, pixels (the proportions stay), or (h, w)
            )->np.ndarray: # uint8 (h, w, 3)
     "A picture at the size that a network is fed, antialiased; a grey one gets three equal colours"
-    if not isinstance(picture, np.ndarray): raise TypeError(f"picture must be a uint8 array (H, W, 3), got {type(picture).__name__}; of a Pillow image it is np.array(image.convert('RGB'))")
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(f"picture must be a uint8 array (H, W, 3), got {type(picture).__name__}; "
+                        "of a Pillow image it is np.array(image.convert('RGB'))")
     if picture.dtype != np.uint8 or picture.ndim not in (2,3) or picture.shape[2:] not in ((),(3,)) or not picture.size:
-        raise ValueError(f"picture must be uint8 (H, W, 3), or grey, (H, W), and not empty; got {picture.dtype} {picture.shape}")
+        raise ValueError("picture must be uint8 (H, W, 3), or grey, (H, W), and not empty; "
+                         f"got {picture.dtype} {picture.shape}")
     if np.min(size) < 1: raise ValueError(f"size must be at least 1 pixel, got {size}")
     if picture.ndim == 2: picture = np.stack([picture]*3, -1)
-    small = resize(torch.from_numpy(np.ascontiguousarray(picture)).permute(2,0,1), size if np.ndim(size) == 0 else list(size), antialias=True)
+    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2,0,1)
+    small = resize(pixels, size if np.ndim(size) == 0 else list(size), antialias=True)
     return small.permute(1,2,0).contiguous().numpy()

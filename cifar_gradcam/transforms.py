@@ -35,14 +35,18 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 AUGMENTATIONS = {
     'HorizontalFlip': lambda p=.5: A.HorizontalFlip(p=p),
     # shift by up to 2 pixels; the border is mirrored, so that no black edge tells where the image was
-    'RandomCrop': lambda p=1.: A.Sequential([A.Pad(2, border_mode=cv2.BORDER_REFLECT_101, p=1), A.RandomCrop(32, 32, p=1)], p=p),
+    'RandomCrop': lambda p=1.: A.Sequential([A.Pad(2, border_mode=cv2.BORDER_REFLECT_101, p=1),
+                                             A.RandomCrop(32, 32, p=1)], p=p),
     # Cutout: hide a square of 8 x 8 pixels under the mean colour
-    'CoarseDropout': lambda p=.5: A.CoarseDropout(num_holes_range=(1,1), hole_height_range=(8,8), hole_width_range=(8,8),
+    'CoarseDropout': lambda p=.5: A.CoarseDropout(num_holes_range=(1,1),
+                                                  hole_height_range=(8,8), hole_width_range=(8,8),
                                                   fill=tuple(round(255*m) for m in CIFAR10_MEAN), p=p),
     'Rotate': lambda p=.5: A.Rotate(limit=15, border_mode=cv2.BORDER_REFLECT_101, p=p),
     # ShiftScaleRotate
-    'Affine': lambda p=.5: A.Affine(translate_percent=(-.1,.1), scale=(.9,1.1), rotate=(-15,15), border_mode=cv2.BORDER_REFLECT_101, p=p),
-    'OpticalDistortion': lambda p=.5: A.OpticalDistortion(distort_limit=(-.3,.3), border_mode=cv2.BORDER_REFLECT_101, p=p),
+    'Affine': lambda p=.5: A.Affine(translate_percent=(-.1,.1), scale=(.9,1.1), rotate=(-15,15),
+                                    border_mode=cv2.BORDER_REFLECT_101, p=p),
+    'OpticalDistortion': lambda p=.5: A.OpticalDistortion(distort_limit=(-.3,.3),
+                                                          border_mode=cv2.BORDER_REFLECT_101, p=p),
     'Blur': lambda p=.2: A.Blur(blur_limit=(3,3), p=p),
     'MedianBlur': lambda p=.2: A.MedianBlur(blur_limit=(3,3), p=p),
     'CLAHE': lambda p=.2: A.CLAHE(clip_limit=(1,3), tile_grid_size=(2,2), p=p),
@@ -62,7 +66,8 @@ def augmentation(name:str, # A key of `AUGMENTATIONS`
                  p:float|None=None, # Probability that it is applied to an image, 0..1; None: its own default
                 ): # An Albumentations transform: uint8 (32, 32, 3) in, uint8 (32, 32, 3) out
     "One augmentation at a strength that suits 32 x 32 pixels"
-    if name not in AUGMENTATIONS: raise ValueError(f"no augmentation is called {name!r}; there are {', '.join(AUGMENTATIONS)}")
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"no augmentation is called {name!r}; there are {', '.join(AUGMENTATIONS)}")
     if p is None: return AUGMENTATIONS[name]()
     if not 0 <= p <= 1: raise ValueError(f"p is a probability, 0..1, got {p}")
     return AUGMENTATIONS[name](p)
