@@ -26,7 +26,8 @@ _eager,_lock = [],threading.Lock() # of the process: torch has one stance for al
 
 @contextmanager
 def _uncompiled(): # the first to enter sets the stance, the last to leave takes it back
-    if 'torch._dynamo' not in sys.modules or not hasattr(torch.compiler, 'set_stance'): yield; return # nothing is compiled; importing dynamo takes seconds
+    compiles = 'torch._dynamo' in sys.modules and hasattr(torch.compiler, 'set_stance') # importing dynamo takes seconds
+    if not compiles: yield; return # nothing is compiled
     with _lock: _eager.append(_eager[0] if _eager else torch.compiler.set_stance('force_eager'))
     try: yield
     finally:
@@ -34,16 +35,21 @@ def _uncompiled(): # the first to enter sets the stance, the last to leave takes
             stance = _eager.pop()
             if not _eager: stance.__exit__(None, None, None)
 
+# %% ../nbs/04e_engine.ipynb #1e9e0013
 @contextmanager
 def undisturbed(model:nn.Module # In whatever state
                ):
-    "Evaluation mode, no gradients unless switched on inside, nothing compiled, for a `with` block; afterwards all is as before"
+    """Evaluation mode, no gradients unless switched on inside, nothing compiled, for a `with` block;
+    afterwards all is as before"""
     if any(p.is_inference() for p in model.parameters()):
-        raise ValueError('the model was made inside torch.inference_mode, so no gradient can pass through it; make or load it outside')
+        raise ValueError('the model was made inside torch.inference_mode, so no gradient can pass through it; '
+                         'make or load it outside')
     try:
         with _uncompiled(), eval_mode(model), torch.inference_mode(False), torch.no_grad(): yield
-    finally: torch.clear_autocast_cache() # weights cast here, without gradients, must not serve a training step after us
+    finally: # weights cast here, without gradients, must not serve a training step after us
+        torch.clear_autocast_cache()
 
+# %% ../nbs/04e_engine.ipynb #1e9e0015
 def forward(model:nn.Module, # In evaluation mode
             images:torch.Tensor, # (N, C, H, W)
             hooks, # Pairs of a module and a forward hook
@@ -59,6 +65,7 @@ def forward(model:nn.Module, # In evaluation mode
     got = f'shape {tuple(logits.shape)}' if isinstance(logits, torch.Tensor) else type(logits).__name__
     raise ValueError(f"the model must put out logits (N, n_classes), got {got}")
 
+# %% ../nbs/04e_engine.ipynb #1e9e0017
 class Tap:
     "A forward hook that keeps a layer's output, and hands a copy on"
     def __init__(self, name, reshape=None, call=None, gradients=True):
@@ -71,7 +78,8 @@ class Tap:
         as_map(out, self.name, self.reshape)
         if self.gradients:
             torch.set_grad_enabled(True) # from here on a graph is needed; up to the first tap none was
-            self.out = out.clone() if out.requires_grad else out.detach().clone().requires_grad_() # a copy: a layer may hand on its own input, into which others write
+            # a copy: a layer may hand on its own input, into which others write
+            self.out = out.clone() if out.requires_grad else out.detach().clone().requires_grad_()
         else: self.out = out.clone()
         return self.out.clone() # and another one: what comes next may write into it
 
@@ -81,11 +89,13 @@ class Tap:
 
     def check(self): # the layer must have run, and once, unless it was said which time is meant
         if self.calls == 0: raise ValueError(f"layer {self.name!r} does not take part in the forward pass")
+        runs = f"layer {self.name!r} runs {self.calls} times in one forward pass"
         if self.call is None and self.calls > 1:
-            raise ValueError(f"layer {self.name!r} runs {self.calls} times in one forward pass, so it has {self.calls} maps; take a module that runs once, "
+            raise ValueError(f"{runs}, so it has {self.calls} maps; take a module that runs once, "
                              f"such as the block around it, or say which one is meant with call=0..{self.calls-1}")
-        if self.out is None: raise ValueError(f"layer {self.name!r} runs {self.calls} times in one forward pass, so call must lie in 0..{self.calls-1}, got {self.call}")
+        if self.out is None: raise ValueError(f"{runs}, so call must lie in 0..{self.calls-1}, got {self.call}")
 
+# %% ../nbs/04e_engine.ipynb #1e9e0019
 def gradients(score:torch.Tensor, # A number
               taps, # `Tap`s of this pass
              )->list: # A tensor like the output of each layer
@@ -96,39 +106,58 @@ def gradients(score:torch.Tensor, # A number
         if g is None: raise ValueError(f"what is to be explained does not depend on layer {t.name!r}")
     return grads
 
+# %% ../nbs/04e_engine.ipynb #1e9e0023
+class _Watch: # a forward hook that notes when its layer is done: a tap, if there is a map, or what is wrong with it
+    def __init__(self, name, reshape, done): # done: name -> tap or error, in the order in which the layers are done
+        self.tap,self.done = Tap(name, reshape),done
+
+    def __call__(self, module, args, out):
+        name = self.tap.name
+        self.done.pop(name, None) # of a layer that runs again, the last time counts
+        if not (isinstance(out, torch.Tensor) and out.is_floating_point() and out.ndim > 2): return
+        try: new = self.tap(module, args, out)
+        except ValueError as e: self.done[name] = e; return
+        if self.tap.map.shape[2:].numel() > 1: self.done[name] = self.tap
+        return new
+
+# %% ../nbs/04e_engine.ipynb #1e9e0021
+def _mixture(logits): # (n_classes,): the weights of the logits in it, the same every time
+    return torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
+
+def _used(logits, taps): # names of the taps whose maps the logits depend on
+    if not taps or not logits.requires_grad: return set()
+    score = (logits*_mixture(logits)).sum()
+    grads = torch.autograd.grad(score, [t.out for t in taps], allow_unused=True)
+    return {t.name for t,g in zip(taps, grads) if g is not None and as_map(g, t.name, t.reshape).any()}
+
 # %% ../nbs/04e_engine.ipynb #4782d2ec
 def last_layer(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                images:torch.Tensor, # (N, C, H, W); the first one is tried
                reshape=None, # As in `as_map`
               )->str: # Dotted name
-    "The last layer whose map is larger than 1 x 1. Raises `ValueError` if there is none, or if maps may be there in another form"
-    done = {} # name -> tap, or what was wrong; in the order in which they are done
-    def watch(name):
-        tap = Tap(name, reshape)
-        def hook(module, args, out):
-            done.pop(name, None)
-            if not (isinstance(out, torch.Tensor) and out.is_floating_point() and out.ndim > 2): return
-            try: new = tap(module, args, out)
-            except ValueError as e: done[name] = e; return
-            if tap.map.shape[2:].numel() > 1: done[name] = tap
-            return new
-        return hook
+    """The last layer whose map is larger than 1 x 1. Raises `ValueError` if there is none,
+    or if maps may be there in another form"""
+    done = {} # filled by the hooks
+    with_weights = [(name,m) for name,m in model.named_modules() if name and any(True for _ in m.parameters())]
     with undisturbed(model):
-        logits = forward(model, images[:1].clone(), [(m, watch(n)) for n,m in model.named_modules() if n and any(True for _ in m.parameters())])
-        taps = [t for t in done.values() if isinstance(t, Tap)]
-        weights = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits) # of no class in particular
-        grads = torch.autograd.grad((logits*weights).sum(), [t.out for t in taps], allow_unused=True) if taps and logits.requires_grad else [None]*len(taps)
-        used = {t.name for t,g in zip(taps, grads) if g is not None and as_map(g, t.name, reshape).any()}
-    for name,seen in reversed(done.items()): # where nothing depends on anything, as in an image of zeros, the last one; `status` will say so
+        logits = forward(model, images[:1].clone(), [(m, _Watch(name, reshape, done)) for name,m in with_weights])
+        used = _used(logits, [t for t in done.values() if isinstance(t, Tap)])
+    for name,seen in reversed(done.items()):
+        # where nothing depends on anything, as in an image of zeros, the last one; `status` will say so
         if name in used or not used and isinstance(seen, Tap): return name
         if isinstance(seen, ShapeError) and not reshape: raise seen
-    raise ValueError(f"no layer of the {type(model).__name__} has a map larger than 1 x 1 for images of {images.shape[2]} x {images.shape[3]}; give larger images, or a layer and reshape")
+    h,w = images.shape[2:]
+    raise ValueError(f"no layer of the {type(model).__name__} has a map larger than 1 x 1 for images of {h} x {w}; "
+                     "give larger images, or a layer and reshape")
 
 # %% ../nbs/04e_engine.ipynb #47c834d1
 class Head:
     "A forward hook that keeps the input of the last linear layer"
     def __init__(self): self.input = self.linear = self.output = None
     def __call__(self, module, args, out): self.linear,self.input,self.output = module,args[0].detach(),out.detach()
+
+    def hooks(self, model): # for `forward`: it watches every linear layer, and the last one to run remains
+        return [(m, self) for m in model.modules() if type(m) is nn.Linear]
 
     def fits(self, maps, logits): # is it true in this pass that the maps' mean goes in, and the logits come out?
         if self.linear is None or self.input.shape != maps.shape[:2] or self.output.shape != logits.shape: return False
@@ -139,6 +168,11 @@ class Head:
     def gradient(self, by_logits, hw): # of a score by each place of the maps: (N, n_classes) -> (N, K, 1, 1)
         return (by_logits.float() @ self.linear.weight.detach().float()/hw)[:,:,None,None]
 
+    def resume(self, maps): # the logits that follow from other maps, in 32 bits: (N, K, h, w) -> (N, n_classes)
+        weight,bias = (None if p is None else p.detach().float() for p in (self.linear.weight, self.linear.bias))
+        return F.linear(maps.mean((2,3)), weight, bias)
+
+# %% ../nbs/04e_engine.ipynb #1e9e0025
 def linear_head(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                 layer, # A module of `model`, or its dotted name
                 images:torch.Tensor, # (N, C, H, W); the first one is tried
@@ -148,13 +182,15 @@ def linear_head(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     name,module = find_layer(model, layer)
     tap,head = Tap(name),Head()
     with undisturbed(model), torch.autocast(images.device.type, enabled=False):
-        try: logits = forward(model, images[:1].clone(), [(module, tap), *((m, head) for m in model.modules() if type(m) is nn.Linear)])
-        except (RuntimeError, ValueError): return False # no map, weights of 16 bits outside of autocast ...: the general way says what is wrong
-        if tap.calls != 1 or not logits.requires_grad or logits.dtype != torch.float32 or not head.fits(tap.map, logits): return False
-        mix = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
-        grad, = torch.autograd.grad((logits*mix).sum(), tap.out, allow_unused=True)
+        try: logits = forward(model, images[:1].clone(), [(module, tap), *head.hooks(model)])
+        except (RuntimeError, ValueError): # no map, weights of 16 bits outside of autocast ...
+            return False # the general way says what is wrong
+        if tap.calls != 1 or not logits.requires_grad or logits.dtype != torch.float32: return False
+        if not head.fits(tap.map, logits): return False
+        mixture = _mixture(logits)
+        grad, = torch.autograd.grad((logits*mixture).sum(), tap.out, allow_unused=True)
         if grad is None: return False
-        want = head.gradient(mix[None], tap.map.shape[2:].numel())
+        want = head.gradient(mixture[None], tap.map.shape[2:].numel())
         return bool((grad-want).abs().max() <= 1e-4*want.abs().max())
 
 # %% ../nbs/04e_engine.ipynb #e0a15a36
@@ -162,11 +198,11 @@ def linear_head(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
 class Seen:
     "What a method works with: what one layer did in one forward pass, in 32 bits"
     activations:torch.Tensor # (N, K, h, w)
-    gradients:torch.Tensor|None # (N, K, h, w): of each image's score by its activations; None for methods that need none
+    gradients:torch.Tensor|None # (N, K, h, w): of each image's score by its activations; None if the method needs none
     images:torch.Tensor # (N, C, H, W)
     model:nn.Module # In evaluation mode, without gradients
     score:object # Function of logits (N, n_classes): what is explained, (N,)
-    resume:object # Function of activations (M*N, K, h, w), M times those of all images: the pass with these in the layer's place; logits
+    resume:object # Function of activations (M*N, K, h, w), M times those of all images: the logits with these instead
     gradients_at:object # Function of other images (N, C, H, W): the gradients there
     linear_head:bool # Is what follows the layer an average over the map and one linear layer?
 
@@ -175,6 +211,24 @@ class Seen:
         "The score of each variant of each image"
         return torch.stack([scores_of(self.score, l).float() for l in logits.split(len(self.images))])
 
+# %% ../nbs/04e_engine.ipynb #1e9e0027
+class _Swap: # a forward hook that puts other activations in the place of those that `tap` kept
+    def __init__(self, tap, activations, method): # the name of the method, for errors
+        self.tap,self.activations,self.method = tap,activations,method
+        self.calls = 0
+
+    def __call__(self, module, args, out):
+        self.calls += 1
+        if self.tap.call is not None and self.calls != self.tap.call+1: return
+        new = out.clone()
+        maps = as_map(new, self.tap.name, self.tap.reshape)
+        if maps.untyped_storage().data_ptr() != new.untyped_storage().data_ptr(): # what is written there would be lost
+            raise ValueError(f"{self.method} changes activations, so reshape must be a view of the layer's output, "
+                             "as permute and unflatten are")
+        maps.copy_(self.activations)
+        return new
+
+# %% ../nbs/04e_engine.ipynb #1e9e0029
 class CAMMethod:
     "Explains images by the maps of one layer or several; a method is a subclass with a `map` of its own"
     uses_gradients = True
@@ -182,16 +236,20 @@ class CAMMethod:
 
     def __init__(self,
                  model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-                 layer=None, # A module of `model`, its dotted name, a list of those, or None: the last one with a map larger than 1 x 1
+                 layer=None, # Module, dotted name, or a list of those; None: the last with a map larger than 1 x 1
                  fuse:str='mean', # How the maps of several layers become one: 'mean' or 'max'
-                 reshape=None, # Function that makes (N, K, h, w) of the layer's output: `tokens_to_map`, `channels_first` or your own; None: it is that
-                 call:int|None=None, # Which of its outputs is meant (0, 1, ...), if a layer runs several times in a pass
+                 reshape=None, # Output -> (N, K, h, w): `tokens_to_map`, `channels_first`, your own; None: it is that
+                 call:int|None=None, # Which output is meant (0, 1, ...), if a layer runs several times in a pass
                 ):
         if fuse not in ('mean','max'): raise ValueError(f"fuse must be 'mean' or 'max', got {fuse!r}")
-        if isinstance(layer, (list,tuple)) and not layer: raise ValueError("layer is an empty list; name at least one, or None for the last one")
+        several = isinstance(layer, (list,tuple))
+        if several and not layer:
+            raise ValueError("layer is an empty list; name at least one, or None for the last one")
         self.model,self.fuse,self.reshape,self.call = unwrapped(model),fuse,reshape,call
-        self.layers = None if layer is None else [find_layer(self.model, l) for l in (layer if isinstance(layer, (list,tuple)) else [layer])]
-        self._last,self._linear = {},{} # what was found out by trying: size of the images -> layer; layer -> has it a linear head?
+        named = layer if several else [layer]
+        self.layers = None if layer is None else [find_layer(self.model, l) for l in named]
+        # what was found out by trying: size of the images -> layer; layer -> has it a linear head?
+        self._last,self._linear = {},{}
 
     def map(self, seen:Seen # Of one layer
            )->torch.Tensor: # (N, h, w), signed
@@ -209,29 +267,36 @@ class CAMMethod:
 
     def __call__(self,
                  images:torch.Tensor, # (N, C, H, W), normalised as in training
-                 target=None, # What to explain: None (the predicted class), an int, N ints, or a function that makes (N,) scores of the logits
+                 target=None, # None: the predicted class; an int; N ints; a function of logits that gives (N,) scores
                 )->CAMResult:
-        "Explain why `model` gives each image its score. Raises `TypeError` or `ValueError`, in plain words, for what can't be explained"
+        """Explain why `model` gives each image its score. Raises `TypeError` or `ValueError`, in plain words,
+        for what can't be explained"""
         check_images(images)
         layers = self.layers_for(images)
         head = Head() if self._has_linear_head(layers, images) else None
         with undisturbed(self.model):
             if images.is_inference(): images = images.clone()
             taps = [Tap(name, self.reshape, self.call, self.uses_gradients and not head) for name,_ in layers]
-            hooks = [(m,t) for (_,m),t in zip(layers, taps)]
-            logits = forward(self.model, images, hooks + [(m,head) for m in self.model.modules() if head and type(m) is nn.Linear])
+            hooks = [(module,tap) for (_,module),tap in zip(layers, taps)]
+            if head: hooks += head.hooks(self.model)
+            logits = forward(self.model, images, hooks)
             for t in taps: t.check()
             if head and not head.fits(taps[0].map, logits): # it took another way through the model this time
                 self._linear[layers[0][0]] = False
                 return self(images, target)
             score,classes = self.explained(logits.detach(), target)
-            if not self.uses_gradients: grads = [None]*len(taps)
-            elif head: grads = [self._closed_form(score, logits, head, taps[0].map)]
-            else: grads = [as_map(g, t.name, self.reshape).float() for g,t in zip(gradients(scores_of(score, logits).sum(), taps), taps)]
+            grads = self._gradients(score, logits, taps, head)
             torch.set_grad_enabled(False)
-            maps = [self.map(Seen(t.map, g, images, self.model, score, self._resume(m, t, images, head), self._gradients_at(m, t.name, score), head is not None)) for (_,m),t,g in zip(layers, taps, grads)]
+            maps = []
+            for (name,module),tap,grad in zip(layers, taps, grads):
+                maps.append(self.map(Seen(tap.map, grad, images, self.model, score,
+                                          resume=self._resume(module, tap, images, head),
+                                          gradients_at=self._gradients_at(module, name, score),
+                                          linear_head=head is not None)))
         self._warn_if_tiny(layers, maps, images)
-        return CAMResult(self._fused(maps), logits.detach().float(), classes, tuple(images.shape[2:]), ' + '.join(name for name,_ in layers), type(self).__name__)
+        names = ' + '.join(name for name,_ in layers)
+        return CAMResult(self._fused(maps), logits.detach().float(), classes, tuple(images.shape[2:]), names,
+                         type(self).__name__)
 
     def layers_for(self, images # (N, C, H, W)
                   )->list: # Pairs of a dotted name and a module
@@ -257,27 +322,25 @@ class CAMMethod:
         if name not in self._linear: self._linear[name] = linear_head(self.model, module, images)
         return self._linear[name]
 
+    def _gradients(self, score, logits, taps, head): # for each tap float32 (N, K, h, w), or None where none are needed
+        if not self.uses_gradients: return [None]*len(taps)
+        if head: return [self._closed_form(score, logits, head, taps[0].map)]
+        grads = gradients(scores_of(score, logits).sum(), taps)
+        return [as_map(g, t.name, self.reshape).float() for g,t in zip(grads, taps)]
+
     def _closed_form(self, score, logits, head, maps): # (N, K, h, w), one value for each channel
         with torch.enable_grad():
             leaf = logits.detach().float().requires_grad_()
             by_logits, = torch.autograd.grad(scores_of(score, leaf).sum(), leaf)
         return head.gradient(by_logits, maps.shape[2:].numel()).expand_as(maps)
 
-    def _resume(self, module, tap, images, head):
-        def from_head(activations): return F.linear(activations.mean((2,3)), *(None if p is None else p.detach().float() for p in (head.linear.weight, head.linear.bias)))
+    def _resume(self, module, tap, images, head): # what `Seen` offers under this name
+        if head: return head.resume
         def whole_pass(activations):
-            calls = 0
-            def put(module, args, out):
-                nonlocal calls
-                calls += 1
-                if self.call is not None and calls != self.call+1: return
-                new = out.clone()
-                m = as_map(new, tap.name, self.reshape)
-                if m.untyped_storage().data_ptr() != new.untyped_storage().data_ptr(): raise ValueError(f"{type(self).__name__} changes activations, so reshape must be a view of the layer's output, as permute and unflatten are")
-                m.copy_(activations)
-                return new
-            return forward(self.model, images.repeat(len(activations)//len(images),1,1,1), [(module, put)]).float()
-        return from_head if head else whole_pass
+            variants = images.repeat(len(activations)//len(images),1,1,1)
+            swap = _Swap(tap, activations, type(self).__name__)
+            return forward(self.model, variants, [(module, swap)]).float()
+        return whole_pass
 
     def _gradients_at(self, module, name, score):
         def at(images):
@@ -288,15 +351,20 @@ class CAMMethod:
             return as_map(g, name, self.reshape).float()
         return at
 
-    def _fused(self, maps): # of several layers: a value is a share of the score, so on a finer grid each place has less of it
+    def _fused(self, maps):
         if len(maps) == 1: return maps[0]
         size = max((m.shape[1:] for m in maps), key=lambda s: s.numel())
-        same = [F.interpolate(m[:,None], size, mode='bilinear', align_corners=False)[:,0]*(m.shape[1:].numel()/size.numel()) for m in maps]
-        return torch.stack(same).mean(0) if self.fuse == 'mean' else torch.stack(same).amax(0)
+        def on_grid(m): # a value is a share of the score, so on a finer grid each place has less of it
+            enlarged = F.interpolate(m[:,None], size, mode='bilinear', align_corners=False)[:,0]
+            return enlarged*(m.shape[1:].numel()/size.numel())
+        same = torch.stack([on_grid(m) for m in maps])
+        return same.mean(0) if self.fuse == 'mean' else same.amax(0)
 
     def _warn_if_tiny(self, layers, maps, images):
         for (name,_),m in zip(layers, maps):
             if m.shape[1:].numel() > 1: continue
             try: better = f"take {self._last_layer(images)!r}, the last one with a larger map"
             except ValueError: better = "give larger images"
-            warnings.warn(f"the map of layer {name!r} is 1 x 1 for images of {images.shape[2]} x {images.shape[3]}, so it can't say where: {better}", stacklevel=3)
+            h,w = images.shape[2:]
+            warnings.warn(f"the map of layer {name!r} is 1 x 1 for images of {h} x {w}, "
+                          f"so it can't say where: {better}", stacklevel=3)

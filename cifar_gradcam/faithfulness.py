@@ -29,13 +29,15 @@ from .training import predict
 from .transforms import test_transforms
 
 # %% ../nbs/05e_faithfulness.ipynb #5e9e0007
-_all_ = ['BASELINES', 'auc', 'bootstrap', 'cascade', 'centre_maps', 'class_probability', 'deletion_curve', 'drop_and_increase', 'edge_maps',
-         'energy_pointing_game', 'grid_pointing_game', 'impute', 'insertion_curve', 'mosaics', 'plot_randomisation', 'pointing_game',
-         'random_maps', 'randomisation', 'ranking', 'road', 'spearman', 'ssim']
+_all_ = ['BASELINES', 'auc', 'bootstrap', 'cascade', 'centre_maps', 'class_probability', 'deletion_curve',
+         'drop_and_increase', 'edge_maps', 'energy_pointing_game', 'grid_pointing_game', 'impute', 'insertion_curve',
+         'mosaics', 'plot_randomisation', 'pointing_game', 'random_maps', 'randomisation', 'ranking', 'road',
+         'spearman', 'ssim']
 
 # %% ../nbs/05e_faithfulness.ipynb #41f04225
 SCORES = { # name: which way is better
-    'insertion': '↑', 'deletion': '↓', 'average drop': '↓', 'increase': '↑', 'ROAD': '↑', 'pointing': '↑', 'energy': '↑', 'GridPG': '↑'}
+    'insertion': '↑', 'deletion': '↓', 'average drop': '↓', 'increase': '↑',
+    'ROAD': '↑', 'pointing': '↑', 'energy': '↑', 'GridPG': '↑'}
 
 @dataclass(eq=False)
 class Faithfulness:
@@ -84,20 +86,26 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
                  seed:int=0, # Of the mosaics and the noise
                  batch_size:int=256, # Images at once
                 )->Faithfulness:
-    "Every score for every method and for the baselines. Raises `ValueError` if the file at `path` belongs to something else"
+    """Every score for every method and for the baselines.
+    Raises `ValueError` if the file at `path` belongs to something else"""
     if twice := explain.keys() & BASELINES: raise ValueError(f"these names belong to the baselines: {', '.join(twice)}")
     tensors = {k: v.detach().cpu() for k,v in model.state_dict().items()}
-    settings = [data.fingerprint, data.masks is not None, digest(tensors, info.to_json()), steps, list(percents), n_mosaics, seed]
+    network = digest(tensors, info.to_json())
+    settings = [data.fingerprint, data.masks is not None, network, steps, list(percents), n_mosaics, seed]
     result = Faithfulness(hashlib.sha256(json.dumps(settings).encode()).hexdigest())
     if path and Path(path).exists():
         old = Faithfulness.load(path)
-        if old.key != result.key: raise ValueError(f"'{path}' holds results for another network, other images or other settings; delete it, or choose another file")
+        if old.key != result.key:
+            raise ValueError(f"'{path}' holds results for another network, other images or other settings; "
+                             "delete it, or choose another file")
         result = old
     device = next(model.parameters()).device
     images,labels = next(iter(loader(data, test_transforms(info.mean, info.std), len(data))))
     probability = predict(model, data, info, batch_size).softmax(1)
     target = probability.argmax(1)
-    if n_mosaics: pictures,classes = mosaics(images, labels, probability.gather(1, labels[:,None])[:,0], 2, n_mosaics, seed)
+    if n_mosaics:
+        confidence = probability.gather(1, labels[:,None])[:,0]
+        pictures,classes = mosaics(images, labels, confidence, 2, n_mosaics, seed)
     todo = {m: f for m,f in {**explain, **BASELINES}.items() if m not in result.scores}
     for method,f in progress_bar(todo.items(), 'faithfulness', total=len(todo)):
         started = time.perf_counter()
@@ -112,7 +120,10 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
             masks = torch.from_numpy(data.masks)
             scores |= {'pointing': pointing_game(maps, masks), 'energy': energy_pointing_game(maps, masks)}
         if n_mosaics: # they are four times as large
-            shares = [grid_pointing_game(explained(f, pictures, classes[:,c], max(1, batch_size//4), device), c) for c in range(4)]
+            shares = []
+            for c in range(4):
+                of_cell = explained(f, pictures, classes[:,c], max(1, batch_size//4), device)
+                shares.append(grid_pointing_game(of_cell, c))
             scores['GridPG'] = torch.stack(shares).mean(0)
         result.scores[method] = {s: v.double().numpy().round(6).tolist() for s,v in scores.items()}
         result.seconds[method] = seconds
@@ -128,12 +139,14 @@ def plot_faithfulness(result:Faithfulness # What was measured
     colours = {l: f'C{i}' for i,l in enumerate(dict.fromkeys(map(layer, result.scores)))}
     ncols = min(4, len(names))
     nrows = -(-len(names)//ncols)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(1.2+1.7*ncols, nrows*(.6+.17*len(methods))), sharey=True, squeeze=False, layout='constrained')
+    size = 1.2+1.7*ncols, nrows*(.6+.17*len(methods))
+    fig,axs = plt.subplots(nrows, ncols, figsize=size, sharey=True, squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.axis('off')
     for ax,s in zip(axs.flat, names):
         for y,m in enumerate(methods):
             mean,low,high = bootstrap(result.scores[m][s])
-            ax.plot([low,high], [y,y], '-', [mean], [y], 'o', ms=4, lw=1.2, color='gray' if m in BASELINES else colours[layer(m)])
+            colour = 'gray' if m in BASELINES else colours[layer(m)]
+            ax.plot([low,high], [y,y], '-', [mean], [y], 'o', ms=4, lw=1.2, color=colour)
         if s == 'GridPG': ax.axvline(1/4, color='gray', lw=.7, ls='--') # chance
         ax.set_yticks(range(len(methods)), methods)
         ax.set_ylim(-.7, len(methods)-.3)

@@ -12,9 +12,11 @@ import torch
 def check_images(images # What a user gave
                 ):
     "Raise `TypeError` or `ValueError` unless `images` is a float tensor (N, C, H, W) with N > 0"
-    if not isinstance(images, torch.Tensor): raise TypeError(f"images must be a float tensor (N, C, H, W), got {type(images).__name__}")
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"images must be a float tensor (N, C, H, W), got {type(images).__name__}")
     if images.ndim != 4:
         hint = '; for one image give images[None]' if images.ndim == 3 else ''
         raise ValueError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}{hint}")
-    if not images.is_floating_point(): raise TypeError(f"images must be normalised floats, got {images.dtype}; see transforms.test_transforms")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be normalised floats, got {images.dtype}; see transforms.test_transforms")
     if len(images) == 0: raise ValueError("there is no image in images: shape " + str(tuple(images.shape)))

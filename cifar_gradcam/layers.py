@@ -31,7 +31,8 @@ def find_layer(model:nn.Module, # Where to look
         for name,m in names.items():
             if m is layer: return name,m
         raise ValueError(f"this {type(layer).__name__} is not a part of the {type(model).__name__}")
-    if not isinstance(layer, str): raise TypeError(f"layer must be a module or its dotted name, got {type(layer).__name__}")
+    if not isinstance(layer, str):
+        raise TypeError(f"layer must be a module or its dotted name, got {type(layer).__name__}")
     if layer in names: return layer,names[layer]
     close = difflib.get_close_matches(layer, names, n=4, cutoff=.4) or list(names)[:8]
     raise ValueError(f"no layer is called {layer!r}; names that come close: {', '.join(close)}")
@@ -42,7 +43,8 @@ def tokens_to_map(out:torch.Tensor # (N, 1+s*s, K): a class token, then the patc
     "`reshape` for vision transformers, such as torchvision's and timm's ViT"
     s = round((out.shape[1]-1)**.5)
     if out.ndim != 3 or s*s != out.shape[1]-1:
-        raise ValueError(f"tokens_to_map expects (N, 1+s*s, K), a class token and a square of patches; got shape {tuple(out.shape)}: write a reshape for this network")
+        raise ValueError("tokens_to_map expects (N, 1+s*s, K), a class token and a square of patches; "
+                         f"got shape {tuple(out.shape)}: write a reshape for this network")
     return out[:,1:].transpose(1,2).unflatten(2, (s,s))
 
 def channels_first(out:torch.Tensor # (N, h, w, K)
@@ -64,9 +66,15 @@ def as_map(out, # What a layer puts out
     if reshape:
         a = reshape(out)
         if isinstance(a, torch.Tensor) and a.ndim == 4: return a
-        raise ShapeError(f"reshape must make (N, K, h, w) of what layer {name!r} puts out, {got}; it made {tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__}")
-    if tensor and out.ndim == 3: raise ShapeError(f"layer {name!r} puts out {got}; a map needs (N, K, h, w): for a vision transformer give reshape=tokens_to_map")
-    if not tensor or out.ndim != 4: raise ShapeError(f"layer {name!r} puts out {got}; a map needs (N, K, h, w), so take a convolutional layer before it")
+        made = tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__
+        raise ShapeError(f"reshape must make (N, K, h, w) of what layer {name!r} puts out, {got}; it made {made}")
+    if tensor and out.ndim == 3:
+        raise ShapeError(f"layer {name!r} puts out {got}; a map needs (N, K, h, w): "
+                         "for a vision transformer give reshape=tokens_to_map")
+    if not tensor or out.ndim != 4:
+        raise ShapeError(f"layer {name!r} puts out {got}; a map needs (N, K, h, w), "
+                         "so take a convolutional layer before it")
     if 1 < out.shape[1] == out.shape[2] < out.shape[3]:
-        raise ShapeError(f"layer {name!r} puts out {got}, which looks like channels last, (N, h, w, K): give reshape=channels_first, or, if it is (N, K, h, w), reshape=lambda out: out")
+        raise ShapeError(f"layer {name!r} puts out {got}, which looks like channels last, (N, h, w, K): "
+                         "give reshape=channels_first, or, if it is (N, K, h, w), reshape=lambda out: out")
     return out

@@ -22,7 +22,8 @@ class HiResCAM(CAMMethod):
 
 # %% ../nbs/04f_methods.ipynb #cc2df1c0
 class LayerCAM(CAMMethod):
-    r"$\sum_k \max(0, g^k) \odot A^k$ (Jiang et al. 2021, *LayerCAM: exploring hierarchical class activation maps*, IEEE TIP 30)"
+    r"""$\sum_k \max(0, g^k) \odot A^k$
+    (Jiang et al. 2021, *LayerCAM: exploring hierarchical class activation maps*, IEEE TIP 30)"""
     def map(self, seen): return (seen.gradients.clamp(min=0)*seen.activations).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #97b1a995
@@ -35,12 +36,13 @@ class XGradCAM(CAMMethod):
         return (_ratio((g*a).sum((2,3), keepdim=True), a.sum((2,3), keepdim=True))*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #21d21529
-def _plus_plus(a, g, g2, g3): # activations, and the first three derivatives of exp(score), without a factor that all share
+def _plus_plus(a, g, g2, g3): # activations; first three derivatives of exp(score), without a shared factor
     alpha = _ratio(g2, 2*g2 + g3*a.sum((2,3), keepdim=True))
     return ((alpha*g.clamp(min=0)).sum((2,3), keepdim=True)*a).sum(1)
 
 class GradCAMPlusPlus(CAMMethod):
-    r"""$\sum_k \left(\sum_{ij} \alpha^k_{ij} \max(0, g^k_{ij})\right) A^k$ with $\alpha = g^2/(2g^2 + g^3\sum_{ab}A_{ab})$
+    r"""$\sum_k \left(\sum_{ij} \alpha^k_{ij} \max(0, g^k_{ij})\right) A^k$
+    with $\alpha = g^2/(2g^2 + g^3\sum_{ab}A_{ab})$
     (Chattopadhay et al. 2018, arXiv 1710.11063; without the factor $e^s$, which scales an image's whole map)"""
     def map(self, seen):
         a,g = seen.activations,seen.gradients
@@ -48,7 +50,8 @@ class GradCAMPlusPlus(CAMMethod):
 
 # %% ../nbs/04f_methods.ipynb #63cd5ac7
 class SmoothGradCAMPlusPlus(CAMMethod):
-    r"""`GradCAMPlusPlus` with $g$, $g^2$ and $g^3$ averaged over noisy copies of the image (Omeiza et al. 2019, arXiv 1908.01224)"""
+    r"""`GradCAMPlusPlus` with $g$, $g^2$ and $g^3$ averaged over noisy copies of the image
+    (Omeiza et al. 2019, arXiv 1908.01224)"""
     def __init__(self, model, layer=None, fuse='mean', reshape=None, call=None, # As in `CAMMethod`
                  samples:int=8, # Noisy copies, at least 1
                  noise:float=.15, # Standard deviation, as a share of each image's range
@@ -70,7 +73,8 @@ class SmoothGradCAMPlusPlus(CAMMethod):
 
 # %% ../nbs/04f_methods.ipynb #41b43466
 class FinerCAM(GradCAM):
-    r"`GradCAM` of $y^c - \gamma\frac{1}{n}\sum_d y^d$, over the $n$ classes $d$ with the logits closest to $y^c$ (Zhang et al. 2025, arXiv 2501.11309)"
+    r"""`GradCAM` of $y^c - \gamma\frac{1}{n}\sum_d y^d$, over the $n$ classes $d$ with the logits closest to $y^c$
+    (Zhang et al. 2025, arXiv 2501.11309)"""
     def __init__(self, model, layer=None, fuse='mean', reshape=None, call=None, # As in `CAMMethod`
                  gamma:float=.6, # How much the other classes count
                  n:int=3, # How many others, at least 1; of fewer classes, all
@@ -81,7 +85,9 @@ class FinerCAM(GradCAM):
 
     def explained(self, logits, target):
         if logits.shape[1] < 2: raise ValueError("FinerCAM compares classes, and this model has only one; take GradCAM")
-        if callable(target): raise TypeError("FinerCAM compares classes, so target must be None, an int or N ints; for a function of logits take GradCAM")
+        if callable(target):
+            raise TypeError("FinerCAM compares classes, so target must be None, an int or N ints; "
+                            "for a function of logits take GradCAM")
         score,classes = super().explained(logits, target)
         apart = (logits-score(logits)[:,None]).abs().scatter(1, classes[:,None], float('inf'))
         others = apart.argsort(dim=1, stable=True)[:,:min(self.n, logits.shape[1]-1)]
@@ -89,9 +95,12 @@ class FinerCAM(GradCAM):
 
 # %% ../nbs/04f_methods.ipynb #9101e6b6
 class CAM(CAMMethod):
-    r"$\sum_k W_{ck} A^k$, where the head is an average over the map and one linear layer $W$ (Zhou et al. 2016, arXiv 1512.04150). Raises `ValueError` for other heads"
+    r"""$\sum_k W_{ck} A^k$, where the head is an average over the map and one linear layer $W$
+    (Zhou et al. 2016, arXiv 1512.04150). Raises `ValueError` for other heads"""
     def map(self, seen):
-        if not seen.linear_head: raise ValueError("CAM needs a layer that is followed by an average over the map and one linear layer, and this one is not; GradCAM is its generalisation")
+        if not seen.linear_head:
+            raise ValueError("CAM needs a layer that is followed by an average over the map and one linear layer, "
+                             "and this one is not; GradCAM is its generalisation")
         return (seen.gradients*seen.activations).sum(1)*seen.activations[0,0].numel()
 
 # %% ../nbs/04f_methods.ipynb #184db815
@@ -103,7 +112,8 @@ def first_component(a:torch.Tensor # (N, K, h, w)
     return (m*torch.where(m.sum(1, keepdim=True) < 0, -1., 1.)).unflatten(1, a.shape[2:])
 
 class EigenCAM(CAMMethod):
-    r"$A v_1$, with $v_1$ the first right singular vector of the activations, (places x channels) (Muhammad & Yeasin 2020, arXiv 2008.00299). The same for every class"
+    r"""$A v_1$, with $v_1$ the first right singular vector of the activations, (places x channels)
+    (Muhammad & Yeasin 2020, arXiv 2008.00299). The same for every class"""
     uses_gradients = False
     def map(self, seen): return first_component(seen.activations)
 
@@ -130,7 +140,8 @@ class ScoreCAM(CAMMethod):
 
 # %% ../nbs/04f_methods.ipynb #2bb3c8e7
 class AblationCAM(CAMMethod):
-    r"$\sum_k \frac{s - s_k}{s} A^k$, with $s_k$ the score when channel $k$ is 0 (Desai & Ramaswamy 2020, WACV). A pass for each channel"
+    r"""$\sum_k \frac{s - s_k}{s} A^k$, with $s_k$ the score when channel $k$ is 0
+    (Desai & Ramaswamy 2020, WACV). A pass for each channel"""
     uses_gradients = False
     def map(self, seen):
         a = seen.activations
@@ -155,21 +166,25 @@ def guided_backprop(model:nn.Module, # In evaluation mode; its ReLUs are `nn.ReL
                     images:torch.Tensor, # (N, C, H, W)
                     score, # Function of logits (N, n_classes) that gives (N,), as `logit_of(classes)`
                    )->torch.Tensor: # float32 (N, C, H, W)
-    "The gradient of the score by the image, with each ReLU passing back what is positive (Springenberg et al. 2014, arXiv 1412.6806). Raises `ValueError` without ReLUs"
+    """The gradient of the score by the image, with each ReLU passing back what is positive
+    (Springenberg et al. 2014, arXiv 1412.6806). Raises `ValueError` without ReLUs"""
     relus = [m for m in model.modules() if type(m) is nn.ReLU]
-    if not relus: raise ValueError(f"guided backpropagation changes nn.ReLU modules, and the {type(model).__name__} has none")
+    if not relus:
+        raise ValueError(f"guided backpropagation changes nn.ReLU modules, and the {type(model).__name__} has none")
     with torch.enable_grad():
         x = images.detach().clone().requires_grad_()
         logits = forward(model, x, [(m, lambda m,args,out: _Guide.apply(out)) for m in relus])
         return torch.autograd.grad(scores_of(score, logits).sum(), x)[0].float()
 
 class GuidedGradCAM(GradCAM):
-    r"""The sum over the colours of guided backpropagation times the enlarged $\max(0, \text{Grad-CAM})$ (Selvaraju et al. 2017, arXiv 1610.02391).
-    One layer; the map has the image's size"""
+    r"""The sum over the colours of guided backpropagation times the enlarged $\max(0, \text{Grad-CAM})$
+    (Selvaraju et al. 2017, arXiv 1610.02391). One layer; the map has the image's size"""
     def map(self, seen):
-        cam = F.interpolate(super().map(seen).clamp(min=0)[:,None], seen.images.shape[2:], mode='bilinear', align_corners=False)
+        positive = super().map(seen).clamp(min=0)[:,None]
+        cam = F.interpolate(positive, seen.images.shape[2:], mode='bilinear', align_corners=False)
         return (guided_backprop(seen.model, seen.images, seen.score)*cam).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #85cd93d7
-METHODS = {m.__name__: m for m in (GradCAM, GradCAMPlusPlus, XGradCAM, HiResCAM, LayerCAM, CAM, ScoreCAM, AblationCAM, EigenCAM, EigenGradCAM,
-                                   SmoothGradCAMPlusPlus, GuidedGradCAM, FinerCAM)} # Every method, by its name
+METHODS = {m.__name__: m for m in ( # Every method, by its name
+    GradCAM, GradCAMPlusPlus, XGradCAM, HiResCAM, LayerCAM, CAM, ScoreCAM, AblationCAM, EigenCAM, EigenGradCAM,
+    SmoothGradCAMPlusPlus, GuidedGradCAM, FinerCAM)}

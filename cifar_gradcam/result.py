@@ -43,16 +43,18 @@ class CAMResult:
     def enlarged(self, size=None, # (H, W), pixels; None: that of the images
                 )->torch.Tensor: # float32 (N, H, W)
         "The signed maps, upsampled bilinearly"
-        return F.interpolate(self.raw.nan_to_num(0,0,0)[:,None], size or self.size, mode='bilinear', align_corners=False)[:,0]
+        finite = self.raw.nan_to_num(0,0,0)[:,None]
+        return F.interpolate(finite, size or self.size, mode='bilinear', align_corners=False)[:,0]
 
     @property
     def positive(self)->torch.Tensor:
-        "float32 (N, H, W): what speaks for the class, upsampled bilinearly, in the units of `raw`, so that maps can be compared"
+        """float32 (N, H, W): what speaks for the class, upsampled bilinearly,
+        in the units of `raw`, so that maps can be compared"""
         return replace(self, raw=self.raw.nan_to_num(0,0,0).clamp(min=0)).enlarged()
 
     @property
     def heatmaps(self)->torch.Tensor:
-        "float32 (N, H, W) in [0, 1]: `positive`, each map divided by its largest value (all 0 where nothing is positive)"
+        "float32 (N, H, W) in [0, 1]: `positive`, each map divided by its largest value (0 where nothing is positive)"
         return as_heatmaps(self.positive)
 
     @property
@@ -60,19 +62,25 @@ class CAMResult:
         "For each map: 'ok', 'zero' (nothing speaks for the class), 'flat' (the same everywhere) or 'not finite'"
         m = self.raw.flatten(1)
         finite,top,low = m.isfinite().all(1),m.amax(1),m.amin(1)
-        return ['not finite' if not f else 'zero' if t <= 0 else 'flat' if t == l else 'ok' for f,t,l in zip(finite.tolist(), top.tolist(), low.tolist())]
+        def of_one(finite, top, low):
+            if not finite: return 'not finite'
+            if top <= 0: return 'zero'
+            return 'flat' if top == low else 'ok'
+        return [of_one(*one) for one in zip(finite.tolist(), top.tolist(), low.tolist())]
 
     def __len__(self): return len(self.raw)
 
     def __getitem__(self, idx): # the maps at `idx`: an int, a slice, indices or a boolean mask
         if isinstance(idx, int): idx = slice(idx, idx+1 or None)
-        return replace(self, raw=self.raw[idx], logits=self.logits[idx], target=None if self.target is None else self.target[idx])
+        raw,logits = self.raw[idx],self.logits[idx]
+        return replace(self, raw=raw, logits=logits, target=None if self.target is None else self.target[idx])
 
     def __repr__(self):
         n,h,w = self.raw.shape
         status = self.status
         count = ', '.join(f'{status.count(s):,} {s}' for s in dict.fromkeys(status))
-        return f"{n:,} maps of {h} x {w}, {self.method} at {self.layer!r} for images of {self.size[0]} x {self.size[1]}: {count}"
+        of = f"{self.method} at {self.layer!r} for images of {self.size[0]} x {self.size[1]}"
+        return f"{n:,} maps of {h} x {w}, {of}: {count}"
 
     @classmethod
     def cat(cls, results # Results of the same method and layer, in order
@@ -86,7 +94,8 @@ class CAMResult:
             ):
         "Write the maps; a file that is there is replaced when the new one is whole"
         tensors = {k: v.contiguous().cpu() for k in ('raw','logits','target') if (v := getattr(self, k)) is not None}
-        write_atomically(path, save(tensors, {'cam': json.dumps(dict(size=list(self.size), layer=self.layer, method=self.method))}))
+        about = dict(size=list(self.size), layer=self.layer, method=self.method)
+        write_atomically(path, save(tensors, {'cam': json.dumps(about)}))
 
     @classmethod
     def load(cls, path # A file that `save` wrote
@@ -98,7 +107,8 @@ class CAMResult:
                 t = {k: f.get_tensor(k) for k in f.keys()}
             return cls(t['raw'], t['logits'], t.get('target'), tuple(about['size']), about['layer'], about['method'])
         except (SafetensorError, KeyError, json.JSONDecodeError) as e:
-            raise ValueError(f"'{path}' holds no class activation maps: expected a file that CAMResult.save wrote ({e})") from None
+            raise ValueError(f"'{path}' holds no class activation maps: "
+                             f"expected a file that CAMResult.save wrote ({e})") from None
 
 # %% ../nbs/04d_result.ipynb #5fd86052
 def colorize(heatmap:np.ndarray # (..., H, W) in [0, 1]
@@ -113,27 +123,40 @@ def overlay(image:np.ndarray, # uint8 (H, W, 3), of any size
     "The heat map's colours mixed into the image; the image keeps its brightness"
     if isinstance(heatmap, torch.Tensor): heatmap = heatmap.detach().cpu()
     image,heatmap = np.asarray(image),np.asarray(heatmap, dtype=np.float32)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if heatmap.ndim != 2: raise ValueError(f"heatmap must be (H, W), got {heatmap.shape}")
-    if not (0 <= heatmap.min() and heatmap.max() <= 1): raise ValueError(f"heatmap must lie in [0, 1], got {heatmap.min():.3g}..{heatmap.max():.3g}")
+    if not (0 <= heatmap.min() and heatmap.max() <= 1):
+        raise ValueError(f"heatmap must lie in [0, 1], got {heatmap.min():.3g}..{heatmap.max():.3g}")
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in 0..1, got {alpha}")
     if heatmap.shape != image.shape[:2]:
         heatmap = cv2.resize(heatmap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0,1)
     return np.round((1-alpha)*image + alpha*colorize(heatmap)).astype(np.uint8)
 
 # %% ../nbs/04d_result.ipynb #a1c40d22
+def _explains(result, k): # what map k is of, in words
+    if result.target is None: return 'a function'
+    label = int(result.target[k])
+    return f'class {label} ({result.logits[k].softmax(0)[label].item():.2f})'
+
 @patch
 def _repr_html_(self:CAMResult):
     some = self[:8]
     positive = some.raw.cpu().nan_to_num(0,0,0).clamp(min=0)[:,None]
     h,w = positive.shape[2:]
-    if max(h,w) > 64: positive = F.interpolate(positive, scale_factor=64/max(h,w), mode='area') # a notebook keeps what it shows
+    if max(h,w) > 64: # a notebook keeps what it shows, so no more than this
+        positive = F.interpolate(positive, scale_factor=64/max(h,w), mode='area')
     figures = []
     for k,(m,status,heat) in enumerate(zip(some.raw, some.status, colorize(as_heatmaps(positive[:,0])))):
-        says = 'a function' if some.target is None else f'class {int(some.target[k])} ({some.logits[k].softmax(0)[some.target[k]].item():.2f})'
-        says += '' if status == 'ok' else f', {status}'
-        top = '; strongest in row {} of {}, column {} of {}'.format(int(m.argmax())//w+1, h, int(m.argmax())%w+1, w) if status == 'ok' else ''
-        image = html_image(cv2.imencode('.png', heat[...,::-1])[1].tobytes(), f'map {k+1}: {says}{top}', 'width:72px;image-rendering:pixelated')
-        figures.append(f'<figure style="margin:2px;width:84px;text-align:center">{image}<figcaption>{says}</figcaption></figure>')
+        says,top = _explains(some, k),''
+        if status == 'ok':
+            row,column = divmod(int(m.argmax()), w)
+            top = f'; strongest in row {row+1} of {h}, column {column+1} of {w}'
+        else: says += f', {status}'
+        png = cv2.imencode('.png', heat[...,::-1])[1].tobytes()
+        image = html_image(png, f'map {k+1}: {says}{top}', 'width:72px;image-rendering:pixelated')
+        caption = f'<figcaption>{says}</figcaption>'
+        figures.append(f'<figure style="margin:2px;width:84px;text-align:center">{image}{caption}</figure>')
     more = f'<p>and {len(self)-8:,} more</p>' if len(self) > 8 else ''
-    return f'<div><p>{html.escape(repr(self))}</p><div style="display:flex;flex-wrap:wrap">{"".join(figures)}</div>{more}</div>'
+    side_by_side = f'<div style="display:flex;flex-wrap:wrap">{"".join(figures)}</div>'
+    return f'<div><p>{html.escape(repr(self))}</p>{side_by_side}{more}</div>'

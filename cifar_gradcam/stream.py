@@ -27,11 +27,16 @@ def _batches(loader, target): # pairs of images, and what is to be explained of 
     for batch in loader:
         x = batch if isinstance(batch, torch.Tensor) else batch[0]
         check_images(x)
-        if x.shape[1:] != (size := size or x.shape[1:]): raise ValueError(f"the loader's images must all have one size; after {tuple(size)} came {tuple(x.shape[1:])}")
-        if one_each and start+len(x) > len(target): raise ValueError(f"target has {len(target)} entries, and the loader more images")
+        size = size or x.shape[1:]
+        if x.shape[1:] != size:
+            raise ValueError("the loader's images must all have one size; "
+                             f"after {tuple(size)} came {tuple(x.shape[1:])}")
+        if one_each and start+len(x) > len(target):
+            raise ValueError(f"target has {len(target)} entries, and the loader more images")
         yield x,target[start:start+len(x)] if one_each else target
         start += len(x)
-    if one_each and start < len(target): raise ValueError(f"target has {len(target)} entries, and the loader only {start} images")
+    if one_each and start < len(target):
+        raise ValueError(f"target has {len(target)} entries, and the loader only {start} images")
 
 # %% ../nbs/04g_stream.ipynb #1f9e0010
 def _pieces(batches, n): # the same images, n at a time
@@ -45,7 +50,7 @@ def _pieces(batches, n): # the same images, n at a time
     if len(rest[0]): yield rest
 
 # %% ../nbs/04g_stream.ipynb #1f9e0013
-def _copies(model, images, keep, n): # n of them, quick, and with the same weights; or the model itself, where that can't be copied
+def _copies(model, images, keep, n): # n of them, quick, sharing weights; or the model itself, if it can't be copied
     quick = frozen_if_possible(model, images, keep)
     if quick is model: return [model]
     shared = {id(t): t for t in (*quick.parameters(), *quick.buffers())}
@@ -53,10 +58,11 @@ def _copies(model, images, keep, n): # n of them, quick, and with the same weigh
 
 # %% ../nbs/04g_stream.ipynb #168edecb
 def stream(cam, # A `CAMMethod`
-           loader, # Batches of images (N, C, H, W), all of one size, or of tuples that begin with them, as a `DataLoader` gives
+           loader, # Batches of images (N, C, H, W) of one size, or tuples that begin with them, as a `DataLoader` gives
            target=None, # As for a single batch; one int for each image means each of the whole loader, in its order
           )->CAMResult: # Of all images, on the CPU
-    "Explain a whole data set, with a progress bar. A function as `target` gets the loader's batches; else their size does not matter"
+    """Explain a whole data set, with a progress bar. A function as `target` gets the loader's batches;
+    else their size does not matter"""
     batches = _batches(progress_bar(loader, type(cam).__name__), target)
     first = next(batches, None)
     if first is None: raise ValueError("the loader gave no batch")
@@ -69,7 +75,8 @@ def stream(cam, # A `CAMMethod`
     models = _copies(cam.model, x, names, torch.get_num_threads() if cpu else 1)
     free = queue.SimpleQueue() # one for each worker
     for m in models: free.put(cam.on(m, names))
-    amp = dict(device_type=device, enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device)) # the caller's; a thread has its own
+    amp = dict(device_type=device, # the caller's; a thread has its own
+               enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
     def explain(x, t):
         worker = free.get()
         try:
@@ -77,7 +84,8 @@ def stream(cam, # A `CAMMethod`
         finally: free.put(worker)
         return replace(r, raw=r.raw.cpu(), logits=r.logits.cpu(), target=None if r.target is None else r.target.cpu())
     done,waiting = [],deque()
-    pool = ThreadPoolExecutor(len(models), initializer=torch.set_num_threads if len(models) > 1 else None, initargs=(1,) if len(models) > 1 else ())
+    one_thread_each = dict(initializer=torch.set_num_threads, initargs=(1,)) if len(models) > 1 else {}
+    pool = ThreadPoolExecutor(len(models), **one_thread_each)
     try:
         for x,t in batches:
             waiting.append(pool.submit(explain, x, t))

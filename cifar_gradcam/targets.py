@@ -16,9 +16,12 @@ def choose_target(logits:torch.Tensor, # (N, n_classes)
     n,k = logits.shape
     if target is None: return logits.argmax(1)
     t = torch.as_tensor(target, device=logits.device)
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex(): raise TypeError(f"target must be None, an int, {n} ints or a function of the logits, got {target!r}")
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        raise TypeError(f"target must be None, an int, {n} ints or a function of the logits, got {target!r}")
     if t.ndim == 0: t = t.expand(n)
-    if t.shape != (n,): raise ValueError(f"target must be None, an int, one int for each of the {n} images, or a function of the logits; got shape {tuple(t.shape)}")
+    if t.shape != (n,):
+        raise ValueError(f"target must be None, an int, one int for each of the {n} images, "
+                         f"or a function of the logits; got shape {tuple(t.shape)}")
     bad = t[(t < 0) | (t >= k)]
     if len(bad): raise ValueError(f"target must lie in 0..{k-1}, the model's {k} classes, got {bad[0].item()}")
     return t.long()
@@ -44,4 +47,5 @@ def scores_of(score, # Function of logits
     s = score(logits)
     if isinstance(s, torch.Tensor) and s.shape == logits.shape[:1]: return s
     got = f'shape {tuple(s.shape)}' if isinstance(s, torch.Tensor) else type(s).__name__
-    raise ValueError(f"a target that is a function must give one score for each image, shape ({len(logits)},); got {got}")
+    raise ValueError("a target that is a function must give one score for each image, "
+                     f"shape ({len(logits)},); got {got}")
