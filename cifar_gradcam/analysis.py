@@ -273,8 +273,7 @@ def explain(model, # (N, 3, H, W) -> (N, n_classes) logits
 # %% ../nbs/05_analysis.ipynb #21ffa502
 _SCALE = dict(cmap=CMAP, vmin=0, vmax=1)
 
-def _heatmaps(model, p, info, idx, layer): # (n, H, W), for the predicted classes
-    return explain(model, p.data.images[idx], info, p.predicted[idx], layer).heatmaps.cpu().numpy()
+def _explained(model, p, info, idx, layer): return explain(model, p.data.images[idx], info, p.predicted[idx], layer)
 
 def plot_mistakes_cam(model, # The model that made the predictions
                       p:Predictions, # Of a data set
@@ -283,10 +282,11 @@ def plot_mistakes_cam(model, # The model that made the predictions
                       idx=None, # Numbers of the images to show; None: the first `n` mistakes
                       layer='layer4', # A module of `model`, or its dotted name
                       alpha:float=.3, # Share of the heat map, 0..1
+                      result:CAMResult|None=None, # Of these images, for their predicted classes; None: made here
                      ): # The matplotlib figure
     "The same images, with Grad-CAM for the predicted class laid over"
     idx = _choose(p, idx, n)
-    maps = _heatmaps(model, p, info, idx, layer)
+    maps = (result or _explained(model, p, info, idx, layer)).heatmaps.cpu().numpy()
     return show_images([overlay(i,m,alpha) for i,m in zip(p.data.images[idx], maps)], _titles(p, idx), **_SCALE, colorbar="share of the map's maximum",
                        suptitle=f'{p.data.name} {p.data.split}: Grad-CAM at {find_layer(model,layer)[0]} for the predicted class (red: predicted, blue: actual)')
 
@@ -296,10 +296,12 @@ def plot_mistakes_heatmaps(model, # The model that made the predictions
                            n:int=36, # How many, at most
                            idx=None, # Numbers of the images to show; None: the first `n` mistakes
                            layer='layer4', # A module of `model`, or its dotted name
+                           result:CAMResult|None=None, # Of these images, for their predicted classes; None: made here
                           ): # The matplotlib figure
     "The heat maps alone"
     idx = _choose(p, idx, n)
-    return show_images(_heatmaps(model, p, info, idx, layer), _titles(p, idx), **_SCALE, colorbar="share of the map's maximum",
+    maps = (result or _explained(model, p, info, idx, layer)).heatmaps.cpu().numpy()
+    return show_images(maps, _titles(p, idx), **_SCALE, colorbar="share of the map's maximum",
                        suptitle=f'{p.data.name} {p.data.split}: Grad-CAM heat maps at {find_layer(model,layer)[0]} for the predicted class')
 
 # %% ../nbs/05_analysis.ipynb #d3ff2917
@@ -310,11 +312,14 @@ def plot_mistakes_pairs(model, # The model that made the predictions
                         idx=None, # Numbers of the images to show; None: the first `n` mistakes
                         layer='layer4', # A module of `model`, or its dotted name
                         alpha:float=.45, # Share of the heat map, 0..1
+                        result:CAMResult|None=None, # Of these images, for their predicted classes; None: made here
                        ): # The matplotlib figure
     "For each mistake: the image, the map of the predicted class and the map of the true one, on one scale"
     idx = _choose(p, idx, n)
-    images,wrong,true = p.data.images[idx],p.predicted[idx],p.data.labels[idx]
-    maps = torch.stack([explain(model, images, info, t, layer).positive for t in (wrong,true)], 1) # (n, 2, H, W)
+    images = p.data.images[idx]
+    wrong = result or _explained(model, p, info, idx, layer)
+    true = explain(model, images, info, p.data.labels[idx], layer)
+    maps = torch.stack([wrong.positive, true.positive], 1) # (n, 2, H, W)
     maps = (maps/maps.amax((1,2,3), keepdim=True).clamp(min=1e-12)).cpu().numpy()
     cells,titles = [],[]
     for i,image,pair in zip(idx, images, maps):

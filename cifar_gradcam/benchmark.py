@@ -7,7 +7,7 @@ __all__ = ['plain_transforms', 'plain_batches', 'plain_loop', 'our_batches', 'ou
            'Throughput', 'benchmark']
 
 # %% ../nbs/studies/benchmark.ipynb #271dce33
-import time
+import math, time
 from dataclasses import dataclass
 from statistics import median
 
@@ -113,14 +113,18 @@ class Rate:
 def take_turns(entrants:dict, # Name -> generator that does one step at each `next` and yields how much it got done
                rounds:int=5, # How often each has its turn, at least 1
                seconds:float=3., # How long a turn lasts at least
+               say=None, # Called with a line of text after each turn, e.g. `print`; None: a progress bar instead
               )->dict: # Name -> `Rate`
     "Measure entrants in turns, so that what slows the machine down for a while slows down all of them"
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
     rates = {name: [] for name in entrants}
-    for name in progress_bar([*entrants]*(rounds+1), 'turns'):
+    turns = [*entrants]*(rounds+1)
+    for k,name in enumerate(turns if say else progress_bar(turns, 'turns')):
         amount,start = 0,time.perf_counter()
         while (passed := time.perf_counter()-start) < seconds or not amount: amount += next(entrants[name])
         rates[name].append(amount/passed)
+        done = k//len(entrants)
+        if say: say(f"{f'round {done} of {rounds}' if done else 'warming up'}: {name}: {amount/passed:,.1f} a second")
     return {name: Rate(name, tuple(r[1:])) for name,r in rates.items()} # the first turn warmed up
 
 # %% ../nbs/studies/benchmark.ipynb #c85d0523
@@ -159,6 +163,7 @@ def benchmark(rounds:int=5, # How often each entrant has its turn
               everything:bool=False, # Other batch sizes, one thread and torch.compile too?
               device=None, # None: the best there is
               n_images:int=2048, # Images to train on, at least 512
+              say=None, # Called with a line of text at the start and after each turn, e.g. `print`; None: a progress bar instead
              )->Throughput:
     "Training throughput at 32 pixels compared with a plain loop, the share of the data pipeline, and the machine's peak"
     device,data = pick_device(device),shapes('train', n_images)
@@ -184,7 +189,9 @@ def benchmark(rounds:int=5, # How often each entrant has its turn
     pipelines = {'ours (Albumentations)': count(our_batches(data)), 'torchvision.transforms.v2': count(plain_batches(data)),
                  'ours, 16 px': count(our_batches(data, size=16))}
     peaks = {str(d).removeprefix('torch.'): matmul_loop(d, device) for d in (torch.float32, half) if d}
-    rates = take_turns({**training, **small, **pipelines, **peaks}, rounds, seconds)
+    entrants = {**training, **small, **pipelines, **peaks}
+    if say: say(f'{len(entrants)} entrants, {rounds+1} turns of {seconds:g} s or more for each: at least {math.ceil(len(entrants)*(rounds+1)*seconds/60)} min')
+    rates = take_turns(entrants, rounds, seconds, say)
     pairs = [(p,t) for p in list(pipelines)[:2] for t in ('ours, float32, batch 128', recipes)] + [('ours, 16 px', *small)]
     machine = f'{torch.get_num_threads()} threads, torch {torch.__version__}' if device.type == 'cpu' else torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
     return Throughput(tuple(rates[k] for k in training), tuple((rates[p],rates[t]) for p,t in pairs), tuple(rates[k] for k in peaks),

@@ -6,7 +6,7 @@
 __all__ = ['ENTRANTS', 'as_drawn', 'by_hand', 'added_memory', 'Comparison', 'compare']
 
 # %% ../nbs/studies/peers.ipynb #491777bc
-import copy, subprocess, sys
+import copy, math, subprocess, sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -151,6 +151,7 @@ def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
             n_images:int=2048, # Of a turn of `stream`, at least the largest batch
             memory:bool=True, # Measure the peak of memory too? Each entrant needs a new process for it
             pretrained:bool=True, # The network that comes with the package, or one of random weights?
+            say=None, # Called with a line of text at the start and for each measurement, e.g. `print`; None: progress bars instead
            )->Comparison:
     "Grad-CAM by this package, captum, torchcam and pytorch-grad-cam, in turn, on the CPU. Raises `ImportError` if one of them is missing"
     peers = {'captum': 'captum', 'torchcam': 'torchcam', 'pytorch-grad-cam': 'grad-cam'}
@@ -158,6 +159,8 @@ def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
     except ImportError as e: raise ImportError(f"{e.name} is not installed; pip install \"cifar_gradcam[bench]\" brings the libraries to compare with") from None
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
     if max(batch_sizes) > n_images: raise ValueError(f"n_images must be at least the largest batch, {max(batch_sizes)}, got {n_images}")
+    n_turns,pairs = len(batch_sizes)*len(ENTRANTS)*(rounds+1), [(b, name) for b in batch_sizes for name in ENTRANTS] if memory else []
+    if say: say(f'{n_turns} turns of {seconds:g} s or more: at least {math.ceil(n_turns*seconds/60)} min' + (f'; then the memory of {len(pairs)} processes' if memory else ''))
     model,images,target = _task(n_images, pretrained)
     some = slice(min(64, n_images))
     want = as_drawn(by_hand(model, images[some], target[some]), images.shape[2:])
@@ -168,9 +171,11 @@ def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
             for i in range(0, n_images, n := n_images if name == 'cifar_gradcam, stream' else b):
                 runs[name](images[i:i+n].split(b), target[i:i+n])
                 yield min(n, n_images-i)
-    rates = {b: take_turns({name: turns(name, b) for name in runs}, rounds, seconds) for b in batch_sizes}
-    peaks = {b: {} for b in batch_sizes if memory}
-    if memory:
-        for b,name in progress_bar([(b, name) for b in batch_sizes for name in runs], 'memory'): peaks[b][name] = _memory_in_a_new_process(name, b, pretrained)
+    rates,peaks = {},{b: {} for b in batch_sizes if memory}
+    for b in batch_sizes:
+        rates[b] = take_turns({name: turns(name, b) for name in runs}, rounds, seconds, say and (lambda text: say(f'batch {b}, {text}')))
+    for b,name in pairs if say else progress_bar(pairs, 'memory'):
+        peaks[b][name] = _memory_in_a_new_process(name, b, pretrained)
+        if say: say(f'batch {b}, memory: {name}: {peaks[b][name]:.0f} MiB')
     machine = f'{torch.get_num_threads()} threads, torch {torch.__version__}, ' + ', '.join(f'{n} {v}' for n,v in versions.items())
     return Comparison(rates, differences, peaks, machine)

@@ -8,6 +8,7 @@ __all__ = ['fill', 'Axes', 'sheet', 'data_uri', 'Pictures', 'shown', 'pictures',
 # %% ../nbs/05c_report.ipynb #fd54ad07
 import base64, hashlib, io, math
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 import matplotlib
@@ -35,7 +36,9 @@ def fill(template:str, # HTML or SVG, with {{ }} where values go
          **values # What goes there
         )->Markup: # Safe to be put into another template
     "Fill in a template; whatever is no `Markup` is escaped"
-    return Markup(_jinja.from_string(template).render(values))
+    return Markup(_compiled(template).render(values))
+
+_compiled = cache(_jinja.from_string) # a page fills some in hundreds of times
 
 # %% ../nbs/05c_report.ipynb #f8089cec
 @dataclass(frozen=True)

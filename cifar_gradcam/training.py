@@ -177,7 +177,10 @@ def evaluate(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
              batch_size:int=64, # Images at once
             ): # Mean cross-entropy (nats), accuracy (%)
     "Loss and accuracy on a data set, no test-time augmentation"
-    logits,y = predict(model, data, info, batch_size),torch.from_numpy(data.labels)
+    return _loss_and_accuracy(predict(model, data, info, batch_size), data)
+
+def _loss_and_accuracy(logits, data):
+    y = torch.from_numpy(data.labels)
     return F.cross_entropy(logits, y).item(), 100*(logits.argmax(1)==y).double().mean().item()
 
 # %% ../nbs/03_training.ipynb #d921898e
@@ -282,6 +285,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype==torch.float16)
         self.history = History(asdict(recipe), train.name, str(self.dtype or torch.float32).removeprefix('torch.'))
         self.sums = self._zero() # over the stage so far
+        self.logits = None # of the test images, (N, n_classes), after the last stage that ended in this process
         self.stop,self.between = None,False # signal that asks us to leave; may it interrupt what is done right now?
 
     def _zero(self): return dict(loss=0., nll=0., correct=0, images=0, seconds=0.)
@@ -416,7 +420,7 @@ def run_stage(self:Trainer):
     r,size,end = self.recipe,self.recipe.sizes[self.stage],self.ends[self.stage]
     first = self.ends[self.stage-1] if self.stage else 0
     self.net.train()
-    bar = progress_bar(self.batches(size, end), f'stage {self.stage+1}/{len(r.sizes)}', initial=self.n_steps-first, total=end-first)
+    bar = progress_bar(self.batches(size, end), f'stage {self.stage+1}/{len(r.sizes)}', initial=self.n_steps-first, total=end-first, unit='step')
     clock = saved = time.monotonic()
     self._free()
     for x,y in bar:
@@ -470,7 +474,8 @@ def _evaluate(self:Trainer): # loss and accuracy; the other processes wait for r
     if self.test is not None and self.rank == 0:
         try:
             self._free(alone=True)
-            tested = evaluate(self.model, self.test, self.info)
+            self.logits = predict(self.model, self.test, self.info)
+            tested = _loss_and_accuracy(self.logits, self.test)
             self.between = False
         except Stopped: pass
     self._leave_if_asked()
