@@ -39,7 +39,7 @@ class Recipe:
     sizes:tuple # Side of the images in each stage, pixels
     lr:float # Peak learning rate of SGD, over 0
     epochs:tuple = () # Length of each stage, in passes through the training images, over 0; (): one each
-    muon_lr:float = 0. # Peak learning rate of `Muon` for the filters of the convolutions, at least 0; 0: SGD for them too
+    muon_lr:float = 0. # Peak learning rate of `Muon` for the convolutions' filters, at least 0; 0: SGD for them too
     bias_lr:float = 1. # Learning rate of the biases (batch norms' too) as a multiple of `lr`, over 0
     batch_size:int = 128 # Images in a step, at least 2 (batch norm needs company)
     schedule:str = 'triangular' # 'triangular': linearly up to `lr`, then linearly down; 'constant': `lr` throughout
@@ -56,12 +56,16 @@ class Recipe:
     seed:int = 0 # Of the initial weights, the order of the images and the augmentations, at least 0
 
     def __post_init__(self):
-        if isinstance(self.augmentations, str): raise TypeError(f"augmentations is a sequence of names; for one only write [{self.augmentations!r}]")
-        for f in ('sizes','epochs','augmentations'): object.__setattr__(self, f, tuple(getattr(self, f))) # JSON makes lists of them
+        if isinstance(self.augmentations, str):
+            raise TypeError(f"augmentations is a sequence of names; for one only write [{self.augmentations!r}]")
+        for f in ('sizes','epochs','augmentations'): # JSON makes lists of them
+            object.__setattr__(self, f, tuple(getattr(self, f)))
         def need(ok, name, what):
             if not ok: raise ValueError(f"recipe {self.name!r}: {name} must be {what}, got {getattr(self,name)!r}")
-        need(self.sizes and all(isinstance(s,int) and 8 <= s <= 32 for s in self.sizes), 'sizes', 'one side for each stage, each in 8..32')
-        need(len(self.epochs) in (0,len(self.sizes)) and all(0 < e < math.inf for e in self.epochs), 'epochs', f'{len(self.sizes)} lengths over 0, as many as sizes')
+        sides = all(isinstance(s,int) and 8 <= s <= 32 for s in self.sizes)
+        need(self.sizes and sides, 'sizes', 'one side for each stage, each in 8..32')
+        lengths = len(self.epochs) in (0,len(self.sizes)) and all(0 < e < math.inf for e in self.epochs)
+        need(lengths, 'epochs', f'{len(self.sizes)} lengths over 0, as many as sizes')
         need(self.lr > 0, 'lr', 'over 0')
         need(self.muon_lr >= 0, 'muon_lr', 'at least 0')
         need(self.bias_lr > 0, 'bias_lr', 'over 0')
@@ -70,7 +74,8 @@ class Recipe:
         need(self.schedule in ('triangular','constant'), 'schedule', "'triangular' or 'constant'")
         need(self.weight_decay >= 0, 'weight_decay', 'at least 0')
         need(self.seed >= 0, 'seed', 'at least 0')
-        for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'): need(0 <= getattr(self,name) < 1, name, 'in 0..1')
+        for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'):
+            need(0 <= getattr(self,name) < 1, name, 'in 0..1')
         train_transforms(self.augmentations) # refuses unknown names
 
     @property
@@ -80,10 +85,12 @@ class Recipe:
 RECIPES = {r.name: r for r in (
     Recipe('seed', sizes=(32,)*15, lr=.01, schedule='constant', nesterov=False, weight_decay=1e-5, decay_norm=True,
            augmentations=('HorizontalFlip',)),
-    Recipe('fast', sizes=(16,24,32), epochs=(1.5,.7,.5), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256, label_smoothing=.1),
-    Recipe('strong', sizes=(16,24,32,32), epochs=(3.5,5,2,1.25), lr=.1, muon_lr=.08, bias_lr=16., batch_size=256, label_smoothing=.1),
-    Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1, ema=.998,
-           augmentations=('HorizontalFlip','RandomCrop','CoarseDropout')),
+    Recipe('fast', sizes=(16,24,32), epochs=(1.5,.7,.5), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256,
+           label_smoothing=.1),
+    Recipe('strong', sizes=(16,24,32,32), epochs=(3.5,5,2,1.25), lr=.1, muon_lr=.08, bias_lr=16., batch_size=256,
+           label_smoothing=.1),
+    Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1,
+           ema=.998, augmentations=('HorizontalFlip','RandomCrop','CoarseDropout')),
     Recipe('shapes', sizes=(16,24,32), lr=.05, batch_size=32, augmentations=('HorizontalFlip',)),
 )}
 
@@ -103,7 +110,9 @@ def ends(self:Recipe,
     "Where the stages end. Raises `ValueError` if one would have no step"
     ends = [round(e*self.steps_per_epoch(n)) for e in accumulate(self.lengths)]
     for k,(a,b) in enumerate(zip([0,*ends], ends)):
-        if a == b: raise ValueError(f"recipe {self.name!r}: stage {k+1} of {self.lengths[k]:g} epochs has no step; an epoch of {n} images has {self.steps_per_epoch(n)}")
+        if a == b:
+            raise ValueError(f"recipe {self.name!r}: stage {k+1} of {self.lengths[k]:g} epochs has no step; "
+                             f"an epoch of {n} images has {self.steps_per_epoch(n)}")
     return ends
 
 @patch
@@ -113,8 +122,10 @@ def pflop(self:Recipe,
          )->float: # 10^15 floating-point operations: forward, backward, and Muon's
     "What training by this recipe costs"
     ends = self.ends(n)
-    images = self.batch_size*sum(int(k)*_image_flop(self.network, n_classes, s) for k,s in zip(np.diff([0,*ends]), self.sizes))
-    return (images + (_muon_flop(self.network, n_classes)*ends[-1] if self.muon_lr else 0))/1e15
+    steps = np.diff([0,*ends]).tolist() # of each stage
+    images = self.batch_size*sum(k*_image_flop(self.network, n_classes, s) for k,s in zip(steps, self.sizes))
+    muon = ends[-1]*_muon_flop(self.network, n_classes) if self.muon_lr else 0
+    return (images + muon)/1e15
 
 @cache
 def _image_flop(network, n_classes, size): return count_flop(NETWORKS[network](n_classes), size, backward=True)
@@ -140,7 +151,8 @@ def lr_share(self:Recipe,
 def pick_device(device=None # 'cpu', 'cuda', 'cuda:1', 'mps', ...; None: CUDA if there is one, else MPS, else the CPU
                )->torch.device:
     "The device to use. Raises `ValueError` if it is not there"
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" # torchrun numbers the processes of a machine; each takes a GPU of its own
+    # torchrun numbers the processes of a machine; each takes a GPU of its own
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     best = own if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.zeros(1, device=own if str(device) == 'cuda' else device or best).device
     except (RuntimeError, AssertionError) as e: # torch raises either, depending on how it was built
@@ -150,7 +162,9 @@ def amp_dtype(device # Device to train on
              ): # bfloat16, float16, or None where 32 bits are the better choice
     "The 16-bit format that pays on `device`, if any does"
     kind = torch.device(device).type
-    if kind == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == 'cuda':
+        can = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if can else torch.float16
     if kind == 'cpu':
         can = getattr(torch.cpu, 'get_capabilities', dict)() # older releases of torch cannot tell
         if can.get('avx512_bf16') or can.get('amx_bf16'): return torch.bfloat16
@@ -184,24 +198,30 @@ def _loss_and_accuracy(logits, data):
     return F.cross_entropy(logits, y).item(), 100*(logits.argmax(1)==y).double().mean().item()
 
 # %% ../nbs/03_training.ipynb #d921898e
-def _curve(epochs, key, top, x, dash): # SVG of one curve in a panel 200 wide and 100 high, which starts at `x`; what was not measured, or is infinite, is left out
+def _drawable(v): return v is not None and math.isfinite(v) # what was not measured, or is infinite, is left out
+
+def _curve(epochs, key, top, x, dash): # SVG of one curve in a panel 200 wide and 100 high, which starts at `x`
     ends = max(e['epoch'] for e in epochs)
-    at = [f"{x + 200*e['epoch']/ends:.1f},{110 - 100*e[key]/top:.1f}" for e in epochs if e[key] is not None and math.isfinite(e[key])]
+    at = [f"{x + 200*e['epoch']/ends:.1f},{110 - 100*e[key]/top:.1f}" for e in epochs if _drawable(e[key])]
     points = ''.join('<circle cx="{}" cy="{}" r="2.5" fill="currentColor"/>'.format(*p.split(',')) for p in at)
     return f'<polyline points="{" ".join(at)}" fill="none" stroke="currentColor" stroke-dasharray="{dash}"/>{points}'
 
 def _curves(h): # SVG without a colour of its own, so that it can be read on a light and on a dark page
     if not h.epochs: return ''
+    losses = [e[k] for e in h.epochs for k in ('train_loss','test_loss') if _drawable(e[k])]
     parts = []
-    for x,name,train,test,unit,top in ((45,'loss','train_loss','test_loss',', nats',None), (305,'accuracy','train_accuracy','test_accuracy',', %',100)):
-        top = top or max((v for e in h.epochs for k in (train,test) if (v := e[k]) is not None and math.isfinite(v)), default=0) or 1
-        parts.append(f'<path d="M{x} 10V110H{x+200}" fill="none" stroke="currentColor" opacity=".5"/><text x="{x+100}" y="9" text-anchor="middle">{name}{unit}</text>'
-                     f'<text x="{x-4}" y="16" text-anchor="end">{top:.3g}</text><text x="{x-4}" y="113" text-anchor="end">0</text>'
+    for x,name,unit,top in ((45,'loss',', nats',max(losses, default=0) or 1), (305,'accuracy',', %',100)):
+        parts.append(f'<path d="M{x} 10V110H{x+200}" fill="none" stroke="currentColor" opacity=".5"/>'
+                     f'<text x="{x+100}" y="9" text-anchor="middle">{name}{unit}</text>'
+                     f'<text x="{x-4}" y="16" text-anchor="end">{top:.3g}</text>'
+                     f'<text x="{x-4}" y="113" text-anchor="end">0</text>'
                      f'<text x="{x+200}" y="124" text-anchor="end">epoch {h.epochs[-1]["epoch"]}</text>'
-                     + _curve(h.epochs, train, top, x, '3 3') + _curve(h.epochs, test, top, x, 'none'))
+                     + _curve(h.epochs, f'train_{name}', top, x, '3 3')
+                     + _curve(h.epochs, f'test_{name}', top, x, 'none'))
     what = f"{h.dataset}, recipe '{h.recipe.get('name')}': training (dashed) and test"
-    return (f'<svg role="img" aria-label="{html.escape(what)}: loss and accuracy by epoch, the numbers of the table" viewBox="0 0 520 145" width="520" '
-            f'style="max-width:100%" font-size="11" fill="currentColor" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}'
+    return (f'<svg role="img" aria-label="{html.escape(what)}: loss and accuracy by epoch, the numbers of the table" '
+            'viewBox="0 0 520 145" width="520" style="max-width:100%" font-size="11" fill="currentColor" '
+            f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}'
             f'<text x="45" y="140">{html.escape(what)}</text></svg>')
 
 @dataclass
@@ -211,22 +231,25 @@ class History:
     dataset:str = '' # What was trained on
     precision:str = 'float32' # Number format of the convolutions in training
     batch_loss:list = field(default_factory=list) # Training loss of every step (smoothed labels, if the recipe smooths)
-    epochs:list = field(default_factory=list) # For each stage a dict: epoch (passes through the data so far), steps, size, train_loss, train_nll (plain labels), train_accuracy (%),
-                                              # test_loss, test_accuracy (%), and, added up since the start, pflop and seconds
+    # For each stage a dict: epoch (passes through the data so far), steps, size, train_loss, train_nll (plain labels),
+    # train_accuracy (%), test_loss, test_accuracy (%), and, added up since the start, pflop and seconds
+    epochs:list = field(default_factory=list)
 
     def save(self, path): write_atomically(path, json.dumps(asdict(self)).encode())
 
     @classmethod
     def load(cls, path):
         try: return cls(**json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, TypeError) as e: raise ValueError(f"'{path}' is not the history of a run ({e})") from e
+        except (json.JSONDecodeError, TypeError) as e:
+            raise ValueError(f"'{path}' is not the history of a run ({e})") from e
 
     @property
     def table(self)->Table:
         def num(v, d): return '-' if v is None else f'{v:.{d}f}'
-        return Table(('epoch','size','train loss','plain','train %','test loss','test %','PFLOP','seconds'),
-            [(e['epoch'], e['size'], num(e['train_loss'],4), num(e['train_nll'],4), num(e['train_accuracy'],2), num(e['test_loss'],4), num(e['test_accuracy'],2),
-              num(e['pflop'],4), num(e['seconds'],0)) for e in self.epochs])
+        digits = dict(train_loss=4, train_nll=4, train_accuracy=2, test_loss=4, test_accuracy=2, pflop=4, seconds=0)
+        rows = [(e['epoch'], e['size'], *(num(e[k], d) for k,d in digits.items())) for e in self.epochs]
+        head = ('epoch','size','train loss','plain','train %','test loss','test %','PFLOP','seconds')
+        return Table(head, rows)
 
     def __repr__(self): return repr(self.table)
     def _repr_html_(self): return f"<div>{self.table._repr_html_()}{_curves(self)}</div>"
@@ -235,7 +258,8 @@ class History:
 @contextmanager
 def process_group(device # Device of this process
                  ):
-    "Join the processes that `torchrun` started, for a `with` block; does nothing where it started none, or one has joined already"
+    """Join the processes that `torchrun` started, for a `with` block;
+    does nothing where it started none, or one has joined already"""
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
@@ -264,13 +288,16 @@ class Trainer:
                  n_workers:int=0, # Processes that prepare batches; the result is the same
                  save_every:float=60., # Seconds between checkpoints within a stage
                  callback=None): # Called with the `History` after each stage and each checkpoint, e.g. to draw it
-        self.recipe,self.train,self.test,self.n_workers,self.save_every,self.callback = recipe,train,test,n_workers,save_every,callback
+        self.recipe,self.train,self.test = recipe,train,test
+        self.n_workers,self.save_every,self.callback = n_workers,save_every,callback
         self.rank,self.world = rank_and_world()
-        if recipe.batch_size%self.world: raise ValueError(f"{self.world} processes cannot share batches of {recipe.batch_size} evenly")
+        if recipe.batch_size%self.world:
+            raise ValueError(f"{self.world} processes cannot share batches of {recipe.batch_size} evenly")
         self.folder = None if folder is None or self.rank else Path(folder)
         self.device = pick_device(device)
-        if self.folder: self.folder.mkdir(parents=True, exist_ok=True) # what can't be written to is found out before the work
-        self.dtype = (amp_dtype(self.device) or torch.bfloat16 if amp else None) if amp is not None else amp_dtype(self.device)
+        # what can't be written to is found out before the work
+        if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
+        self.dtype = None if amp is False else amp_dtype(self.device) or (torch.bfloat16 if amp else None)
         self.ends = recipe.ends(len(train)) # of the stages, in steps
         self.mean,self.std = [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]
         with torch.random.fork_rng(devices=[]): # the caller's random state is not ours to move
@@ -280,8 +307,9 @@ class Trainer:
         self.average = AveragedModel(self.net, multi_avg_fn=_ema(recipe.ema), use_buffers=True) if recipe.ema else None
         self.parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
         self.optimizers = self._optimizers()
+        muon = sum(o.flop() for o in self.optimizers if isinstance(o, Muon))
         images = {s: recipe.batch_size*count_flop(self.net, s, backward=True) for s in set(recipe.sizes)}
-        self.flop = {s: f + sum(o.flop() for o in self.optimizers if isinstance(o, Muon)) for s,f in images.items()} # of a step
+        self.flop = {s: f + muon for s,f in images.items()} # of a step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype==torch.float16)
         self.history = History(asdict(recipe), train.name, str(self.dtype or torch.float32).removeprefix('torch.'))
         self.sums = self._zero() # over the stage so far
@@ -293,11 +321,16 @@ class Trainer:
     def _optimizers(self): # each group keeps its peak learning rate
         r,filters = self.recipe,_filters(self.net)
         matrices = [self.net.fc.weight] + ([] if r.muon_lr else filters)
-        scales,biases = [[p for n,p in self.net.named_parameters() if p.ndim == 1 and n.endswith(kind)] for kind in ('weight','bias')] # of batch norms, and fc's bias
-        groups = [dict(params=matrices, weight_decay=r.weight_decay), dict(params=scales, weight_decay=r.weight_decay*r.decay_norm),
+        vectors = [(name,p) for name,p in self.net.named_parameters() if p.ndim == 1] # of batch norms, and fc's bias
+        scales,biases = [[p for name,p in vectors if name.endswith(kind)] for kind in ('weight','bias')]
+        groups = [dict(params=matrices, weight_decay=r.weight_decay),
+                  dict(params=scales, weight_decay=r.weight_decay*r.decay_norm),
                   dict(params=biases, weight_decay=r.weight_decay*r.decay_norm, lr=r.lr*r.bias_lr)]
-        made = [torch.optim.SGD(groups, r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=self.device.type in ('cpu','cuda'))]
-        if r.muon_lr: made.append(Muon(filters, r.muon_lr, r.muon_momentum, dtype=self.dtype if self.dtype == torch.bfloat16 else torch.float32)) # float16 would overflow
+        fused = self.device.type in ('cpu','cuda')
+        made = [torch.optim.SGD(groups, r.lr, momentum=r.momentum, nesterov=r.nesterov, fused=fused)]
+        if r.muon_lr:
+            dtype = self.dtype if self.dtype == torch.bfloat16 else torch.float32 # float16 would overflow
+            made.append(Muon(filters, r.muon_lr, r.muon_momentum, dtype=dtype))
         for o in made:
             for g in o.param_groups: g['peak'] = g['lr']
         return made
@@ -310,7 +343,8 @@ class Trainer:
     def checkpoints(self): return Checkpoints(self.folder)
 
     def _kept(self): # what is left to go back to, for error messages
-        kept = [] if self.folder is None else [p for p in (self.checkpoints.path, self.checkpoints.previous) if p.exists()]
+        paths = [] if self.folder is None else [self.checkpoints.path, self.checkpoints.previous]
+        kept = [p for p in paths if p.exists()]
         return f"the last good checkpoint is '{kept[0]}'" if kept else 'no checkpoint was kept yet'
 
     @property
@@ -334,7 +368,8 @@ class Trainer:
         "What has to be known beside the weights"
         last = self.history.epochs[-1] if self.history.epochs else {}
         metrics = {k: last[k] for k in ('train_accuracy','test_accuracy','pflop','seconds') if k in last}
-        return ModelInfo(self.train.classes, self.mean, self.std, self.train.name, asdict(self.recipe), metrics, self.recipe.network)
+        return ModelInfo(self.train.classes, self.mean, self.std, self.train.name, asdict(self.recipe), metrics,
+                         self.recipe.network)
 
 # %% ../nbs/03_training.ipynb #78c0bb85
 @patch
@@ -347,7 +382,8 @@ def step(self:Trainer,
     for o in self.optimizers:
         for g in o.param_groups: g['lr'] = g['peak']*share
     x,y = x.to(self.device, non_blocking=True, memory_format=torch.channels_last), y.to(self.device, non_blocking=True)
-    with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None): logits = self.parallel(x)
+    with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        logits = self.parallel(x)
     logits = logits.float()
     loss = F.cross_entropy(logits, y, label_smoothing=r.label_smoothing)
     with torch.no_grad(): # sums over the batch, in all processes
@@ -373,22 +409,27 @@ def save(self:Trainer):
     "Write the checkpoint and history.json, each in one step; weights that are not finite are never saved"
     if self.folder is None: return
     if not all(v.isfinite().all() for v in self.net.state_dict().values()): # weights and batch statistics
-        raise FloatingPointError(f"a weight is no longer finite after step {self.n_steps-1}; {self._kept()}. Try a lower learning rate")
-    state = dict(run=self._identity(), net=self.net.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
-                 average=self.average and self.average.state_dict(), history=asdict(self.history), sums=self.sums)
+        raise FloatingPointError(f"a weight is no longer finite after step {self.n_steps-1}; {self._kept()}. "
+                                 "Try a lower learning rate")
+    optimizers = [o.state_dict() for o in self.optimizers]
+    state = dict(run=self._identity(), net=self.net.state_dict(), optimizers=optimizers,
+                 scaler=self.scaler.state_dict(), average=self.average and self.average.state_dict(),
+                 history=asdict(self.history), sums=self.sums)
     self.checkpoints.save(state)
     self.history.save(self.folder/'history.json')
 
 @patch
 def _identity(self:Trainer): # what must be the same for a run to be resumed
-    return json.loads(json.dumps(dict(recipe=asdict(self.recipe), data=repr(self.train), fingerprint=self.train.fingerprint,
-                                      precision=self.history.precision, processes=self.world)))
+    identity = dict(recipe=asdict(self.recipe), data=repr(self.train), fingerprint=self.train.fingerprint,
+                    precision=self.history.precision, processes=self.world)
+    return json.loads(json.dumps(identity)) # as it comes out of a file
 
 # %% ../nbs/03_training.ipynb #c109bba6
 @patch
 def resume(self:Trainer
           )->str: # What was found, for the user to read; '' where there was nothing
-    "Resume from the newest good checkpoint in the folder. Raises `ValueError` if it is another run's, or no checkpoint is whole"
+    """Resume from the newest good checkpoint in the folder.
+    Raises `ValueError` if it is another run's, or no checkpoint is whole"""
     state,note = self.checkpoints.load() if self.folder else (None,'')
     if self.world > 1: # rank 0 has read it for all
         box = [state]
@@ -397,7 +438,8 @@ def resume(self:Trainer
     if state is None: return ''
     ours = self._identity()
     if state.get('run') != ours:
-        if 'run' not in state or 'recipe' not in state['run']: raise ValueError(f"'{self.folder}' holds a checkpoint of another program. Choose another folder")
+        if 'run' not in state or 'recipe' not in state['run']:
+            raise ValueError(f"'{self.folder}' holds a checkpoint of another program. Choose another folder")
         a,b = [{**d, **d['recipe'], 'recipe': None} for d in (state['run'], ours)]
         diff = '; '.join(f'{k} was {a.get(k)}, now {b.get(k)}' for k in {**a,**b} if a.get(k) != b.get(k))
         raise ValueError(f"'{self.folder}' holds another run ({diff}). Choose another folder, or delete that one")
@@ -416,11 +458,13 @@ class Stopped(Exception):
 
 @patch
 def run_stage(self:Trainer):
-    "Train to the end of the current stage, then evaluate and save. Raises `Stopped` after a signal, with the state whole"
+    """Train to the end of the current stage, then evaluate and save.
+    Raises `Stopped` after a signal, with the state whole"""
     r,size,end = self.recipe,self.recipe.sizes[self.stage],self.ends[self.stage]
     first = self.ends[self.stage-1] if self.stage else 0
     self.net.train()
-    bar = progress_bar(self.batches(size, end), f'stage {self.stage+1}/{len(r.sizes)}', initial=self.n_steps-first, total=end-first, unit='step')
+    bar = progress_bar(self.batches(size, end), f'stage {self.stage+1}/{len(r.sizes)}', initial=self.n_steps-first,
+                       total=end-first, unit='step')
     clock = saved = time.monotonic()
     self._free()
     for x,y in bar:
@@ -442,12 +486,14 @@ def batches(self:Trainer, size, end): # from the next step to `end`, through as 
     r,n = self.recipe,self.recipe.steps_per_epoch(len(self.train))
     tfm = train_transforms(r.augmentations, size, self.mean, self.std)
     def part(epoch): # those of the steps that belong to this epoch
-        return loader(self.train, tfm, r.batch_size, self.n_workers, max(0, self.n_steps-epoch*n), end-epoch*n, shuffle=True, drop_last=True,
+        start,stop = max(0, self.n_steps-epoch*n),end-epoch*n
+        return loader(self.train, tfm, r.batch_size, self.n_workers, start, stop, shuffle=True, drop_last=True,
                       seed=r.seed, epoch=epoch, rank=self.rank, world=self.world)
     return chain.from_iterable(map(part, range(self.n_steps//n, math.ceil(end/n))))
 
 @patch
-def _free(self:Trainer, alone=None): # from here on a signal may interrupt, unless other processes would wait for this one
+def _free(self:Trainer, alone=None):
+    # from here on a signal may interrupt, unless other processes would wait for this one
     self.between = self.world == 1 if alone is None else alone
     if self.between and self.stop:
         self.between = False
@@ -469,7 +515,8 @@ def _save_whole(self:Trainer): # a signal has to wait until the files are writte
     self._free()
 
 @patch
-def _evaluate(self:Trainer): # loss and accuracy; the other processes wait for rank 0 at the place where all agree whether to leave
+def _evaluate(self:Trainer): # loss and accuracy
+    # the other processes wait for rank 0 at the place where all agree whether to leave
     tested = None,None
     if self.test is not None and self.rank == 0:
         try:
@@ -488,9 +535,11 @@ def _end_stage(self:Trainer, size):
     self.between = False
     steps = self.n_steps - (self.ends[self.stage-1] if self.stage else 0)
     epoch = sum(self.recipe.lengths[:self.stage+1])
-    self.history.epochs.append(dict(epoch=round(epoch, 4), steps=self.n_steps, size=size, train_loss=s['loss']/s['images'], train_nll=s['nll']/s['images'],
-        train_accuracy=100*s['correct']/s['images'], test_loss=tested[0], test_accuracy=tested[1],
-        pflop=before['pflop']+steps*self.flop[size]/1e15, seconds=before['seconds']+s['seconds']))
+    self.history.epochs.append(dict(
+        epoch=round(epoch, 4), steps=self.n_steps, size=size, train_loss=s['loss']/s['images'],
+        train_nll=s['nll']/s['images'], train_accuracy=100*s['correct']/s['images'], test_loss=tested[0],
+        test_accuracy=tested[1], pflop=before['pflop']+steps*self.flop[size]/1e15,
+        seconds=before['seconds']+s['seconds']))
     self.sums = self._zero()
     self._save_whole()
     self._leave_if_asked()
@@ -508,7 +557,8 @@ def _signals(t): # SIGINT and SIGTERM make `t` save before they do what they do
             t.between = False # a second signal does not interrupt what the first one caused
             raise Stopped
     # what was set to be ignored (in a script's background job, Ctrl-C is) stays ignored
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)}
+    ours = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+    before = {s: signal.signal(s, note) for s in ours}
     try: yield
     finally:
         for s,handler in before.items(): signal.signal(s, handler)
@@ -535,12 +585,14 @@ def fit(recipe:Recipe, # How to train
                         t.run_stage()
                         e = t.history.epochs[-1]
                         tested = '' if e['test_accuracy'] is None else f"test {e['test_accuracy']:5.2f} %  "
-                        say(f"epoch {e['epoch']:g} of {sum(recipe.lengths):g}  {e['size']} px  loss {e['train_loss']:.3f}  train {e['train_accuracy']:5.2f} %  "
+                        say(f"epoch {e['epoch']:g} of {sum(recipe.lengths):g}  {e['size']} px  "
+                            f"loss {e['train_loss']:.3f}  train {e['train_accuracy']:5.2f} %  "
                             f"{tested}{e['pflop']:.3f} PFLOP  {e['seconds']:.0f} s")
                     t.between = False
                 except Stopped:
                     t.save()
-                    say(f"stopped by {signal.Signals(t.stop).name} {t.place}" + (f"; saved in '{t.folder}'" if t.folder else ''))
+                    where = f"; saved in '{t.folder}'" if t.folder else ''
+                    say(f"stopped by {signal.Signals(t.stop).name} {t.place}{where}")
                     raise
         except Stopped:
             signal.raise_signal(t.stop) # KeyboardInterrupt for Ctrl-C, the end for SIGTERM
