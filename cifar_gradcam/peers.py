@@ -72,9 +72,9 @@ def as_drawn(maps:torch.Tensor, # (N, h, w)
     return (up-low)/(top-low).clamp(min=1e-12)
 
 def by_hand(model:nn.Module, # The package's ResNet-18
-            images:torch.Tensor, # (N, 3, 32, 32)
+            images:torch.Tensor, # (N, 3, H, W)
             target:torch.Tensor, # int64 (N,)
-           )->torch.Tensor: # float64 (N, 4, 4)
+           )->torch.Tensor: # float64 (N, H/8, W/8)
     "Grad-CAM at `layer4` in 64 bits, by its definition and with nothing of a library"
     model,kept = copy.deepcopy(model).double().eval(),[]
     model.layer4.register_forward_hook(lambda m, args, out: kept.append(out))
@@ -107,11 +107,11 @@ def _memory_in_a_new_process(name, batch_size, pretrained):
 
 def _task(n, pretrained): # a model, n images and their classes
     model = resnet18(pretrained=pretrained).eval()
-    data = shapes('test', min(n, 256))
+    data = shapes('test', min(n, 64)) # neither time nor memory depends on what they show, so they come again and again
     images,_ = next(iter(loader(data, test_transforms(), len(data))))
-    images = images.repeat(-(-n//len(images)),1,1,1)[:n]
-    with torch.inference_mode(): target = torch.cat([model(x).argmax(1) for x in images.split(64)])
-    return model,images,target.clone()
+    with torch.no_grad(): target = model(images).argmax(1)
+    again = torch.arange(n)%len(images)
+    return model,images[again],target[again]
 
 # %% ../nbs/studies/peers.ipynb #c86c0049
 @dataclass(frozen=True)

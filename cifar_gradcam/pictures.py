@@ -42,7 +42,7 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
     for ax in axs.flat: ax.axis('off')
     for ax,image,title in zip(axs.flat, images, titles):
         drawn = ax.imshow(image, interpolation='nearest', **kwargs)
-        # room for the lines, which are drawn one by one; with y given, no title is moved away from ticks that nobody sees
+        # room for the lines, which are drawn one by one; with y given, no ticks are asked for a place: half the time
         ax.set_title('\n'*max(len(title)-1,0) + ' ', fontsize=8, pad=2, y=1)
         for k,(text,color) in enumerate(reversed(title)):
             ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points',
