@@ -9,12 +9,13 @@ __all__ = ['fill', 'Axes', 'sheet', 'data_uri', 'Pictures', 'shown', 'pictures',
 import base64, hashlib, io, math
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from itertools import groupby
 
 import matplotlib
 import numpy as np
 from fastcore.docments import docments
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -30,7 +31,10 @@ from .training import History, Recipe
 from .transforms import test_transforms
 
 # %% ../nbs/05c_report.ipynb #76538dbb
-_jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ASSETS = files('cifar_gradcam')/'assets' # Folder of the report's template, style sheet and script
+_jinja = Environment(loader=FileSystemLoader(_ASSETS), autoescape=True, undefined=StrictUndefined,
+                     trim_blocks=True, lstrip_blocks=True)
+_html = _jinja.get_template('report.html').module # its macros can be called like functions
 
 def fill(template:str, # HTML or SVG, with {{ }} where values go
          **values # What goes there
@@ -54,7 +58,8 @@ class Axes:
     def bottom(self)->int: return self.height-36
 
     def at(self, x, y): # numbers or arrays -> the same in the units of the SVG
-        return self.left + np.asarray(x)*((self.right-self.left)/self.x), self.bottom - np.asarray(y)*((self.bottom-self.top)/self.y)
+        x_unit,y_unit = (self.right-self.left)/self.x, (self.bottom-self.top)/self.y
+        return self.left + np.asarray(x)*x_unit, self.bottom - np.asarray(y)*y_unit
 
     def path(self, x, y)->str: # what `d` of an SVG path takes
         "A line through points"
@@ -69,101 +74,82 @@ class Axes:
              inside:Markup, # What is drawn
             )->Markup:
         "The whole chart: title, axes with their ticks and names, and what is drawn"
-        def ticks(top, n): return [t for t in MaxNLocator(n, steps=[1,2,5,10]).tick_values(0, top) if t <= top*1.0001]
-        return fill(_AXES, a=self, id=id, title=title, text=text, xlabel=xlabel, ylabel=ylabel, inside=inside,
-                    xticks=[(f'{self.at(t,0)[0]:.1f}', f'{t:g}') for t in ticks(self.x, 6)], yticks=[(float(self.at(0,t)[1]), f'{t:g}') for t in ticks(self.y, 5)])
-
-_AXES = """
-<svg viewBox="0 0 360 {{a.height}}" role="img" aria-labelledby="{{id}}-title {{id}}-text">
-<title id="{{id}}-title">{{title}}</title><desc id="{{id}}-text">{{text}}</desc>
-{% for y,t in yticks %}
-<path class="grid" d="M{{a.left}},{{y|round(1)}}H{{a.right}}"/><text x="{{a.left-6}}" y="{{(y+4)|round(1)}}" text-anchor="end">{{t}}</text>
-{% endfor %}
-{% for x,t in xticks %}
-<text x="{{x}}" y="{{a.bottom+17}}" text-anchor="middle">{{t}}</text>
-{% endfor %}
-{{inside}}
-<text x="0" y="12">{{ylabel}}</text><text x="{{a.right}}" y="{{a.height-4}}" text-anchor="end">{{xlabel}}</text>
-</svg>
-"""
+        def ticks(top, n):
+            at = MaxNLocator(n, steps=[1,2,5,10]).tick_values(0, top)
+            return [t for t in at if t <= top*1.0001]
+        xticks = [(f'{self.at(t,0)[0]:.1f}', f'{t:g}') for t in ticks(self.x, 6)]
+        yticks = [(float(self.at(0,t)[1]), f'{t:g}') for t in ticks(self.y, 5)]
+        return _html.axes(a=self, id=id, title=title, text=text, xlabel=xlabel, ylabel=ylabel, inside=inside,
+                          xticks=xticks, yticks=yticks)
 
 # %% ../nbs/05c_report.ipynb #b4bdf2ac
-_LINE = """
-<path class="line {{kind}}" d="{{path}}"/>
-{% for x,y,t in dots %}
-<circle class="{{kind}}" cx="{{x}}" cy="{{y}}" r="3"><title>{{t}}</title></circle>
-{% endfor %}
-"""
-_SIZES = """
-{% for x,middle,size in sizes %}
-{% if not loop.first %}<path class="change" d="M{{x}},{{a.top}}V{{a.bottom}}"/>{% endif %}
-<text class="faint" x="{{middle}}" y="{{a.top-6}}" text-anchor="middle">{{size}}&#8239;px</text>
-{% endfor %}
-"""
-def _line(axes, kind, x, y, unit): # values for each stage, with dots unless there are too many; None where there is no value
+def _sizes(axes, history): # where the images' size changes
+    spans,start = [],0
+    for size,stages in groupby(history.epochs, lambda e: e['size']):
+        end = list(stages)[-1]['epoch']
+        (x,middle),_ = axes.at(np.array([start,(start+end)/2]), 0)
+        spans.append((f'{x:.1f}', f'{middle:.1f}', size))
+        start = end
+    return _html.sizes(a=axes, spans=spans)
+
+# %% ../nbs/05c_report.ipynb #b2844c35
+def _batch_chart(history): # the losses of the batches
+    last,losses = history.epochs[-1],np.array(history.batch_loss)
+    groups = np.array_split(losses, min(len(losses), 200))
+    lengths = np.array([len(g) for g in groups])
+    x = (np.cumsum(lengths) - lengths/2)*(last['epoch']/last['steps'])
+    mean,low,high = ([f(g) for g in groups] for f in (np.mean, np.min, np.max))
+    a = Axes(last['epoch'], 1.05*max(high))
+    outline = a.path([*x,*x[::-1]], [*high,*low[::-1]])
+    band = fill('<path class="band" d="{{outline}}Z"/><path class="line train" d="{{mean}}"/>',
+                outline=outline, mean=a.path(x, mean))
+    start,end = f'{mean[0]:.2f}',f'{mean[-1]:.2f}'
+    text = (f'It falls from {start} at the start to {end} nats at the end.' if mean[-1] < mean[0] else
+            f'It is {start} at the start and {end} nats at the end.')
+    return a.draw('loss', 'Loss of the batches', text, 'epoch', 'nats', band + _sizes(a, history))
+
+# %% ../nbs/05c_report.ipynb #3ced4964
+def _line(axes, kind, x, y, unit): # a value for each stage, None where there is none
     known = [(a,b) for a,b in zip(x, y) if b is not None]
     if not known: return ''
-    dots = [(f'{px:.1f}', f'{py:.1f}', f'epoch {a:g}: {b:.2f} {unit}') for (a,b),px,py in zip(known, *axes.at(*np.transpose(known)))]
-    return fill(_LINE, kind=kind, path=axes.path(*np.transpose(known)), dots=dots if len(dots) <= 20 else [])
-
-def _sizes(axes, history): # where the images' size changes
-    ends,sizes = [e['epoch'] for e in history.epochs],[e['size'] for e in history.epochs]
-    spans,start = [],0
-    for size,stages in groupby(zip(sizes, ends), lambda s: s[0]):
-        end = list(stages)[-1][1]
-        spans.append([*(f'{x:.1f}' for x in axes.at(np.array([start,(start+end)/2]), 0)[0]), size])
-        start = end
-    return fill(_SIZES, a=axes, sizes=spans)
+    points = np.transpose(known)
+    texts = [f'epoch {a:g}: {b:.2f} {unit}' for a,b in known]
+    dots = [(f'{px:.1f}', f'{py:.1f}', text) for px,py,text in zip(*axes.at(*points), texts)]
+    return _html.line(kind=kind, path=axes.path(*points), dots=dots if len(dots) <= 20 else [])
 
 def _first_to_last(history, key, unit): # for the text of a chart
     known = [(e['epoch'],e[key]) for e in history.epochs if e[key] is not None]
-    return ', '.join(f'{v:.2f} {unit} after epoch {e:g}' for e,v in dict.fromkeys([known[0],known[-1]])) if known else 'none'
+    if not known: return 'none'
+    ends = dict.fromkeys([known[0],known[-1]]) # which may be the same
+    return ', '.join(f'{value:.2f} {unit} after epoch {epoch:g}' for epoch,value in ends)
 
-_CURVES = """
-<section aria-labelledby="training"><h2 id="training">Training</h2>
-<div class="charts">
-<figure>{{loss}}<figcaption><b>Loss of the batches</b>{% if smooth %}, labels smoothed by {{smooth}}{% endif %}<br><span class="key train">mean of neighbouring batches</span> <span class="key range">their range</span></figcaption></figure>
-<figure>{{nll}}<figcaption><b>Loss after each stage</b>, plain labels<br><span class="key train">training</span> <span class="key test">{{split}}</span></figcaption></figure>
-<figure>{{accuracy}}<figcaption><b>Accuracy after each stage</b><br><span class="key train">training, augmented images</span> <span class="key test">{{split}}</span></figcaption></figure>
-</div>
-<details><summary>The numbers</summary><div class="wide" tabindex="0" role="region" aria-label="Numbers of the training">{{table}}</div></details>
-</section>
-"""
+def _stage_chart(history, split, id, title, train, test, top, unit): # `train` and `test` are keys of the stages
+    epochs = [e['epoch'] for e in history.epochs]
+    a = Axes(epochs[-1], top)
+    train_line = _line(a, 'train', epochs, [e[train] for e in history.epochs], unit)
+    test_line = _line(a, 'test', epochs, [e[test] for e in history.epochs], unit)
+    trained,tested = (_first_to_last(history, key, unit) for key in (train,test))
+    text = f'Training: {trained}. {split.capitalize()}: {tested}.'
+    return a.draw(id, title, text, 'epoch', unit, _sizes(a, history) + train_line + test_line)
+
+# %% ../nbs/05c_report.ipynb #d92e3a07
 def _curves(history, # With at least one finished stage
             split, # What was evaluated on
            ):
-    epochs,last = [e['epoch'] for e in history.epochs],history.epochs[-1]
-    groups = np.array_split(np.array(history.batch_loss), min(len(history.batch_loss), 200))
-    x = (np.cumsum([len(g) for g in groups]) - [len(g)/2 for g in groups])*(last['epoch']/last['steps'])
-    mean,low,high = ([f(g) for g in groups] for f in (np.mean, np.min, np.max))
-    a = Axes(last['epoch'], 1.05*max(high))
-    band = fill('<path class="band" d="{{d}}Z"/>{{line}}', d=a.path([*x,*x[::-1]], [*high,*low[::-1]]), line=fill('<path class="line train" d="{{d}}"/>', d=a.path(x, mean)))
-    loss = a.draw('loss', 'Loss of the batches', f'It falls from {mean[0]:.2f} at the start to {mean[-1]:.2f} nats at the end.' if mean[-1] < mean[0] else
-                  f'It is {mean[0]:.2f} at the start and {mean[-1]:.2f} nats at the end.', 'epoch', 'nats', band + _sizes(a, history))
-    def both(id, title, train, test, top, unit):
-        a = Axes(last['epoch'], top)
-        lines = _sizes(a, history) + _line(a, 'train', epochs, [e[train] for e in history.epochs], unit) + _line(a, 'test', epochs, [e[test] for e in history.epochs], unit)
-        text = f'Training: {_first_to_last(history, train, unit)}. {split.capitalize()}: {_first_to_last(history, test, unit)}.'
-        return a.draw(id, title, text, 'epoch', unit, lines)
-    nll = both('nll', 'Loss after each stage', 'train_nll', 'test_loss', 1.05*max(v for e in history.epochs for v in (e['train_nll'],e['test_loss']) if v is not None), 'nats')
-    accuracy = both('accuracy', 'Accuracy after each stage', 'train_accuracy', 'test_accuracy', 100, '%')
+    losses = [loss for e in history.epochs for loss in (e['train_nll'],e['test_loss']) if loss is not None]
+    nll = _stage_chart(history, split, 'nll', 'Loss after each stage',
+                       'train_nll', 'test_loss', 1.05*max(losses), 'nats')
+    accuracy = _stage_chart(history, split, 'accuracy', 'Accuracy after each stage',
+                            'train_accuracy', 'test_accuracy', 100, '%')
     smooth = history.recipe.get('label_smoothing')
-    return fill(_CURVES, loss=loss, nll=nll, accuracy=accuracy, smooth=f'{smooth:g}' if smooth else '', split=split, table=Markup(history.table._repr_html_()))
+    return _html.curves(loss=_batch_chart(history), nll=nll, accuracy=accuracy, smooth=f'{smooth:g}' if smooth else '',
+                        split=split, table=Markup(history.table._repr_html_()))
 
 # %% ../nbs/05c_report.ipynb #ae9c04ce
-_CLASSES = """
-<section aria-labelledby="classes"><h2 id="classes">Class by class</h2>
-<table class="classes"><thead><tr>{% for h in ('class','right','accuracy, %') %}<th scope="col">{{h}}</th>{% endfor %}<td></td><th scope="col" class="often">most often taken for</th></tr></thead>
-<tbody>
-{% for name,images,right,accuracy,often in rows %}
-<tr><th scope="row">{{name}}</th><td>{{right}}<span class="of"> of {{images}}</span></td><td>{{accuracy}}</td>
-<td class="bar" aria-hidden="true"><span style="width:{{accuracy}}%"></span><i style="left:{{mean}}%"></i></td><td class="often">{{often}}</td></tr>
-{% endfor %}
-</tbody></table>
-<p class="note">The bars begin at 0; the line is the accuracy over all, {{mean}} %.</p></section>
-"""
 def _classes(p):
-    return fill(_CLASSES, mean=f'{p.accuracy:.2f}', rows=[(name, images, right, '-' if not images else accuracy, often) for name,images,right,accuracy,often in class_table(p).rows])
+    rows = [(name, images, right, accuracy if images else '-', often)
+            for name,images,right,accuracy,often in class_table(p).rows]
+    return _html.classes(rows=rows, mean=f'{p.accuracy:.2f}')
 
 # %% ../nbs/05c_report.ipynb #6f14c6a2
 def sheet(pictures:np.ndarray, # uint8 (n, H, W, 3), or (n, H, W), numbers of colours
@@ -222,268 +208,109 @@ def pictures(model, # The model that made the predictions
             )->Pictures:
     "Explain the images that are shown, each for its predicted class"
     idx = shown(p)
-    return Pictures(p, idx, GradCAM(model, layer).stream(loader(p.data.subset(idx), test_transforms(info.mean, info.std), 250), p.predicted[idx]))
+    batches = loader(p.data.subset(idx), test_transforms(info.mean, info.std), 250)
+    return Pictures(p, idx, GradCAM(model, layer).stream(batches, p.predicted[idx]))
 
 # %% ../nbs/05c_report.ipynb #749fc98f
-_PICTURE = """
-<li data-is="{{is_}}" data-said="{{said}}" data-sure="{{sure}}" data-image="{{i}}"><span class="pair" role="img" aria-label="Image {{i}}{{note}}" style="--x:{{x}};--y:{{y}}"><span class="pic"></span><span class="pic cam"></span></span>
-<span class="said{{' right' if said == is_}}"><small>said</small> {{classes[said]}} <b>{{percent[0]}}&#8239;%</b></span>
-{% if said != is_ %}<span class="is"><small>is</small> {{classes[is_]}} <b>{{percent[1]}}&#8239;%</b></span>{% endif %}</li>
-"""
 def _picture(pics, k, status): # the k-th of those shown
     p,i,n = pics.p,pics.idx[k],math.ceil(len(pics.idx)**.5)
     said,is_ = int(p.predicted[i]),int(p.data.labels[i])
     prob = p.probabilities[i]
-    return fill(_PICTURE, i=i, x=k%n, y=k//n, said=said, is_=is_, classes=p.data.classes, sure=f'{prob[said]:.6f}', percent=[f'{100*prob[c]:.1f}' for c in (said,is_)],
-                note=' and its Grad-CAM map' if status == 'ok' else f'; its Grad-CAM map is {status}')
+    percent = [f'{100*prob[c]:.1f}' for c in (said,is_)]
+    note = ' and its Grad-CAM map' if status == 'ok' else f'; its Grad-CAM map is {status}'
+    return _html.picture(i=i, x=k%n, y=k//n, said=said, is_=is_, classes=p.data.classes, sure=f'{prob[said]:.6f}',
+                         percent=percent, note=note)
 
 def _cards(pics): # all of them
     return [_picture(pics, k, s) for k,s in enumerate(pics.maps.status)]
 
 # %% ../nbs/05c_report.ipynb #e0a2bd52
-_CONFUSION = """
-<section aria-labelledby="confusion"><h2 id="confusion">What is taken for what</h2>
-<p>Each row holds the images of one class, each column what they were said to be. A number leads to its images.</p>
-<div class="sides"><div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">
-<table class="confusion"><thead><tr><td></td>{% for c in classes %}<th scope="col"><span>{{c}}</span></th>{% endfor %}</tr></thead>
-<tbody>
-{% for c in classes %}{% set i = loop.index0 %}
-<tr><th scope="row">{{c}}</th>{% for n,v,seen in counts[i] %}{% set j = loop.index0 %}<td class="{{'right' if i == j else 'wrong' if n}}" style="--v:{{v}}">
-{%- if seen %}<a href="#cell-{{i}}-{{j}}" aria-label="{{n}}: {{c}}{{' recognised' if i == j else ' taken for '}}{{classes[j] if i != j}}">{{n}}</a>{% elif n %}{{n}}{% else %}<span class="none">0</span>{% endif %}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-<div class="cells">
-{% for cell in cells %}
-<section class="cell{{' first' if cell.first}}" id="cell-{{cell.i}}-{{cell.j}}" tabindex="0" aria-labelledby="h-{{cell.i}}-{{cell.j}}">
-<h3 id="h-{{cell.i}}-{{cell.j}}">{{classes[cell.i]}}, {% if cell.i == cell.j %}recognised{% else %}taken for {{classes[cell.j]}}{% endif %}: {{cell.n}}</h3>
-{% if cell.cards|length < cell.n %}<p class="note">Here are the {{cell.cards|length}} of which the network was {{'least' if cell.i == cell.j else 'most'}} sure.</p>{% endif %}
-<ul class="cards">{% for c in cell.cards %}{{c}}{% endfor %}</ul>
-</section>
-{% endfor %}
-</div></div></section>
-"""
 def _confusion(pics, cards):
     p,k = pics.p,len(pics.p.data.classes)
-    of = {}
+    of = {} # {(true class, class that was said): cards}
     for i,card in zip(pics.idx, cards): of.setdefault((int(p.data.labels[i]), int(p.predicted[i])), []).append(card)
     wrong = p.confusion - np.diag(p.confusion.diagonal())
-    share = np.where(np.eye(k, dtype=bool), p.class_accuracy[:,None]/100, np.sqrt(wrong/max(1, wrong.max()))) # the root shows what is rare
-    counts = [[(n, f'{v:.2f}', (i,j) in of) for j,(n,v) in enumerate(zip(*r))] for i,r in enumerate(zip(p.confusion.tolist(), np.nan_to_num(share)))]
-    first = np.unravel_index(wrong.argmax(), wrong.shape) if wrong.any() else min(of)
-    return fill(_CONFUSION, classes=p.data.classes, counts=counts, cells=[dict(i=i, j=j, n=int(p.confusion[i,j]), cards=c, first=(i,j) == tuple(first)) for (i,j),c in sorted(of.items())])
+    rare = np.sqrt(wrong/max(1, wrong.max())) # the root shows what is rare
+    right = p.class_accuracy[:,None]/100
+    strength = np.nan_to_num(np.where(np.eye(k, dtype=bool), right, rare)) # of the colours, 0..1
+    def number(i, j): return int(p.confusion[i,j]), f'{strength[i,j]:.2f}', (i,j) in of
+    counts = [[number(i, j) for j in range(k)] for i in range(k)]
+    first = tuple(np.unravel_index(wrong.argmax(), wrong.shape)) if wrong.any() else min(of)
+    cells = [dict(i=i, j=j, n=int(p.confusion[i,j]), cards=of[i,j], first=(i,j) == first) for i,j in sorted(of)]
+    return _html.confusion(classes=p.data.classes, counts=counts, cells=cells)
 
 # %% ../nbs/05c_report.ipynb #edaf995f
-_BARS = """
-{% for x,y,w,h,t in bars %}
-<rect class="{{kind}}" x="{{x}}" y="{{y}}" width="{{w}}" height="{{h}}"><title>{{t}}</title></rect>
-{% endfor %}
-"""
-_CALIBRATION = """
-<section aria-labelledby="calibration"><h2 id="calibration">Calibration</h2>
-<div class="sides"><div>
-<figure>{{diagram}}<figcaption><b>Reliability diagram</b><br><span class="key share">share that is right</span> <span class="key test">mean probability</span></figcaption></figure>
-<figure>{{histogram}}<figcaption><b>How many images there are in each bin</b></figcaption></figure></div>
-<div><p class="big">{{ece}}&#8239;% <small>expected calibration error</small></p>
-<p>A network that says &lsquo;80&#8239;%&rsquo; should be right in 80&#8239;% of those cases. On average this one is sure to {{mean}}&#8239;%, and right in {{accuracy}}&#8239;%{{verdict}}. The error is the mean distance of the dots from the bars, each bin weighted by its images.</p>
-<details open><summary>The numbers</summary><table><thead><tr><th scope="col">probability, %</th><th scope="col">images</th><th scope="col">mean, %</th><th scope="col">right, %</th></tr></thead>
-<tbody>{% for low,high,n,mean,right in rows %}<tr><td>{{low}}&ndash;{{high}}</td><td>{{n}}</td><td>{{mean}}</td><td>{{right}}</td></tr>{% endfor %}</tbody></table></details></div></div></section>
-"""
 def _bars(axes, kind, edges, y, texts): # one for each bin, with a gap of a unit between them
     (left,right),(_,top) = axes.at(edges.T, 0)[0],axes.at(0, y)
-    return fill(_BARS, kind=kind, bars=[tuple(f'{v:.1f}' for v in (l+.5, t, r-l-1, axes.bottom-t)) + (text,) for l,r,t,text in zip(left, right, top, texts)])
+    bars = []
+    for l,r,t,text in zip(left, right, top, texts):
+        x,y,width,height = (f'{v:.1f}' for v in (l+.5, t, r-l-1, axes.bottom-t))
+        bars.append((x, y, width, height, text))
+    return _html.bars(kind=kind, bars=bars)
 
+def _reliability_chart(c): # of a `calibration`
+    edges,confidence,right = 100*c.edges,100*c.confidence,100*c.accuracy
+    a = Axes(100, 100, 300)
+    diagonal = fill('<path class="diagonal" d="{{d}}"/>', d=a.path([0,100],[0,100]))
+    dots = [(f'{x:.1f}', f'{y:.1f}') for x,y in zip(*a.at(edges.mean(1), confidence))]
+    circles = fill('{% for x,y in dots %}<circle class="test" cx="{{x}}" cy="{{y}}" r="4"/>{% endfor %}', dots=dots)
+    names = [f'{n:,} images: {q:.1f} % sure, {r:.1f} % right' for n,q,r in zip(c.count, confidence, right)]
+    text = f'Expected calibration error {100*c.ece:.1f} %. ' + '; '.join(names) + '.'
+    inside = _bars(a, 'share', edges, right, names) + diagonal + circles
+    xlabel,ylabel = 'probability of the predicted class, %','right, %'
+    return a.draw('reliability', 'Reliability diagram', text, xlabel, ylabel, inside)
+
+def _bins_chart(c): # of a `calibration`
+    edges,share = 100*c.edges,100*c.count/c.count.sum()
+    a = Axes(100, 1.05*max(share), 150)
+    most = share.argmax()
+    text = f'Most, {share[most]:.1f} %, are in the bin {edges[most,0]:.0f} to {edges[most,1]:.0f} %.'
+    inside = _bars(a, 'plain', edges, share, [f'{n:,} images' for n in c.count])
+    xlabel,ylabel = 'probability of the predicted class, %','images, %'
+    return a.draw('bins', 'Images in each bin', text, xlabel, ylabel, inside)
+
+# %% ../nbs/05c_report.ipynb #8191f514
 def _calibration(p):
     c = calibration(p)
-    edges,confidence,right,share = 100*c.edges,100*c.confidence,100*c.accuracy,100*c.count/c.count.sum()
-    a = Axes(100, 100, 300)
-    dots = fill('<path class="diagonal" d="{{d}}"/>{% for x,y in dots %}<circle class="test" cx="{{x}}" cy="{{y}}" r="4"/>{% endfor %}', d=a.path([0,100],[0,100]),
-                dots=[(f'{x:.1f}', f'{y:.1f}') for x,y in zip(*a.at(edges.mean(1), confidence))])
-    names = [f'{n:,} images: {q:.1f} % sure, {r:.1f} % right' for n,q,r in zip(c.count, confidence, right)]
-    diagram = a.draw('reliability', 'Reliability diagram', f'Expected calibration error {100*c.ece:.1f} %. ' + '; '.join(names) + '.', 'probability of the predicted class, %', 'right, %',
-                     _bars(a, 'share', edges, right, names) + dots)
-    b = Axes(100, 1.05*max(share), 150)
-    most = share.argmax()
-    histogram = b.draw('bins', 'Images in each bin', f'Most, {share[most]:.1f} %, are in the bin {edges[most,0]:.0f} to {edges[most,1]:.0f} %.', 'probability of the predicted class, %', 'images, %',
-                       _bars(b, 'plain', edges, share, [f'{n:,} images' for n in c.count]))
+    edges,confidence,right = 100*c.edges,100*c.confidence,100*c.accuracy
     mean = float((c.count*confidence).sum()/c.count.sum())
     gap = p.accuracy-mean
-    verdict = ': it is right more often than it says' if gap >= 1 else ': it is surer than it should be' if gap <= -1 else ''
-    return fill(_CALIBRATION, diagram=diagram, histogram=histogram, ece=f'{100*c.ece:.1f}', mean=f'{mean:.1f}', accuracy=f'{p.accuracy:.1f}', verdict=verdict,
-                rows=[(f'{l:.0f}', f'{h:.0f}', f'{n:,}', f'{q:.1f}', f'{r:.1f}') for (l,h),n,q,r in zip(edges, c.count, confidence, right)])
+    if gap >= 1: verdict = ': it is right more often than it says'
+    elif gap <= -1: verdict = ': it is surer than it should be'
+    else: verdict = ''
+    rows = [(f'{low:.0f}', f'{high:.0f}', f'{n:,}', f'{q:.1f}', f'{r:.1f}')
+            for (low,high),n,q,r in zip(edges, c.count, confidence, right)]
+    return _html.calibration(diagram=_reliability_chart(c), histogram=_bins_chart(c), ece=f'{100*c.ece:.1f}',
+                             mean=f'{mean:.1f}', accuracy=f'{p.accuracy:.1f}', verdict=verdict, rows=rows)
 
 # %% ../nbs/05c_report.ipynb #3e9411ea
-_RECIPE = """
-<section aria-labelledby="recipe"><h2 id="recipe">Recipe and versions</h2>
-<div class="sides most"><div class="wide" tabindex="0" role="region" aria-label="Recipe"><table class="recipe"><caption>Recipe</caption>
-<thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">what it is</th></tr></thead>
-<tbody>{% for name,value,text in recipe %}<tr><th scope="row">{{name}}</th><td>{{value}}</td><td>{{text}}</td></tr>{% endfor %}</tbody></table></div>
-<div><table class="versions"><caption>Made with</caption>
-<thead><tr><th scope="col">what</th><th scope="col">which</th></tr></thead>
-<tbody>{% for name,value in versions %}<tr><th scope="row">{{name}}</th><td>{{value}}</td></tr>{% endfor %}</tbody></table></div></div></section>
-"""
 def _value(v): # of a setting, for people
     if isinstance(v, bool): return 'yes' if v else 'no'
-    if isinstance(v, (list,tuple)): return ', '.join(f'{size} × {n}' if n > 2 else ', '.join([size]*n) for size,n in ((s,len(list(g))) for s,g in groupby(map(_value, v)))) or 'none'
+    if isinstance(v, (list,tuple)):
+        runs = [(value,len(list(same))) for value,same in groupby(map(_value, v))]
+        return ', '.join(f'{value} × {n}' if n > 2 else ', '.join([value]*n) for value,n in runs) or 'none'
     return f'{v:g}' if isinstance(v, float) else str(v)
 
 def _recipe(history, versions):
     texts = docments(Recipe)
-    return fill(_RECIPE, recipe=[(k, _value(v), (texts.get(k) or '').replace('`','')) for k,v in history.recipe.items()],
-                versions=[('precision', history.precision), *((k, _value(v)) for k,v in versions.items())])
+    settings = [(name, _value(v), (texts.get(name) or '').replace('`','')) for name,v in history.recipe.items()]
+    made_with = [('precision', history.precision), *((name, _value(v)) for name,v in versions.items())]
+    return _html.recipe(settings=settings, versions=made_with)
 
 # %% ../nbs/05c_report.ipynb #28ae8f78
-_MISTAKES = """
-<section aria-labelledby="mistakes"><h2 id="mistakes">The mistakes</h2>
-{% if cards %}
-<p>{% if cards|length < n %}The {{'{:,}'.format(cards|length)}} surest of {{'{:,}'.format(n)}} mistakes.{% else %}All {{'{:,}'.format(n)}} of them, the surest first.{% endif %} On the left the image, on the right with its {{maps.method}} map at {{maps.layer}}: what speaks for the class that was said.</p>
-<p class="scale"><span>0</span> <span class="bar" role="img" aria-label="Colour scale of the maps, from blue for 0 to red for 1" style="background:linear-gradient(90deg,{{colours}})"></span> <span>1, share of the map's maximum</span></p>
-<form class="controls" id="controls" hidden>
-<label>true class <select id="is"><option value="">any</option>{% for c in classes %}<option value="{{loop.index0}}">{{c}}</option>{% endfor %}</select></label>
-<label>said to be <select id="said"><option value="">any</option>{% for c in classes %}<option value="{{loop.index0}}">{{c}}</option>{% endfor %}</select></label>
-<label>order <select id="order"><option value="sure">surest first</option><option value="unsure">least sure first</option><option value="image">by number</option></select></label>
-<button type="reset">All of them</button> <output id="count" for="is said order"></output></form>
-<ul class="cards" id="gallery">{% for c in cards %}{{c}}{% endfor %}</ul>
-<p id="nothing" hidden>There is no such mistake.</p>
-{% else %}<p>There are none: every image is recognised.</p>{% endif %}</section>
-"""
 def _mistakes(pics, cards):
-    n = len(pics.p.mistakes)
-    wrong = [c for c,i in zip(cards, pics.idx) if pics.p.predicted[i] != pics.p.data.labels[i]]
-    return fill(_MISTAKES, cards=wrong, n=n, maps=pics.maps, classes=pics.p.data.classes, colours=','.join('#' + bytes(c).hex() for c in _PALETTE[::15]))
+    p = pics.p
+    wrong = [card for card,i in zip(cards, pics.idx) if p.predicted[i] != p.data.labels[i]]
+    colours = ','.join('#' + bytes(c).hex() for c in _PALETTE[::15])
+    return _html.mistakes(cards=wrong, n=len(p.mistakes), maps=pics.maps, classes=p.data.classes, colours=colours)
 
 # %% ../nbs/05c_report.ipynb #3f4da57f
-_CSS = """
-:root{color-scheme:light dark;--ground:#f6f7f9;--card:#fff;--ink:#1b2430;--faint:#566172;--rule:#dfe3e9;--blue:#1f5fa8;--bar:#4f82be;--red:#b3261e;--orange:#b45309;--blue-rgb:31 95 168;--red-rgb:179 38 30}
-@media (prefers-color-scheme:dark){:root{--ground:#11151b;--card:#1a2028;--ink:#e6eaf0;--faint:#a6b0bd;--rule:#323b47;--blue:#7fb3f2;--bar:#5c8cc4;--red:#ff9a8d;--orange:#f0ae5c;--blue-rgb:96 160 235;--red-rgb:255 110 96}}
-*{box-sizing:border-box}
-html{scroll-padding-top:4rem;-webkit-text-size-adjust:100%;text-size-adjust:100%}
-@media (prefers-reduced-motion:no-preference){html{scroll-behavior:smooth}}
-body{margin:0;background:var(--ground);color:var(--ink);font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
-a{color:var(--blue)}
-:focus-visible{outline:3px solid var(--blue);outline-offset:2px}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;z-index:2;background:var(--card);padding:.5rem 1rem}
-header,main,footer{max-width:76rem;margin:0 auto;padding:0 1.25rem}
-header{padding-top:2.5rem}
-h1{margin:0;font-size:clamp(1.6rem,4vw,2.3rem);line-height:1.2;letter-spacing:-.02em;text-wrap:balance;overflow-wrap:anywhere}
-h1+p{margin:.3rem 0 1.5rem;color:var(--faint)}
-h2{margin:0 0 .75rem;font-size:1.35rem;letter-spacing:-.01em}
-h3{margin:0 0 .5rem;font-size:1rem;overflow-wrap:anywhere}
-p{margin:0 0 1rem;max-width:46rem}
-small{font-size:.8125rem}
-nav{position:sticky;top:0;z-index:1;background:var(--ground);border-bottom:1px solid var(--rule)}
-nav ul{display:flex;gap:.25rem 1.25rem;max-width:76rem;margin:0 auto;padding:.35rem 1.25rem;list-style:none;overflow-x:auto;white-space:nowrap}
-nav a{display:block;padding:.3rem 0;color:var(--ink);text-decoration:none}nav a:hover{color:var(--blue);text-decoration:underline}
-main>section{margin:1.5rem 0;padding:1.5rem;background:var(--card);border:1px solid var(--rule);border-radius:.75rem}
-.facts{display:grid;grid-template-columns:repeat(8,minmax(0,auto));gap:1px;margin:0 0 1.5rem;background:var(--rule);border:1px solid var(--rule);border-radius:.75rem;overflow:hidden}
-.facts div{display:flex;flex-direction:column-reverse;justify-content:flex-start;padding:1rem;background:var(--card)}.facts div:first-child{grid-column:span 2}
-.facts dt{color:var(--faint);font-size:.875rem}.facts dd{margin:0;font-size:1.25rem;font-weight:600;line-height:1.4;letter-spacing:-.01em;white-space:nowrap}.facts div:first-child dd{color:var(--blue);font-size:2.1rem;line-height:1.15}
-.facts dd small{font-weight:400;color:var(--faint);letter-spacing:0}
-@media (max-width:64rem){.facts{grid-template-columns:repeat(4,1fr)}}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1.5rem}
-figure{margin:0 0 1rem;max-width:30rem}
-figcaption{margin-top:.35rem;font-size:.875rem;color:var(--faint)}figcaption b{color:var(--ink)}
-svg{display:block;width:100%;height:auto;font-size:11.5px;overflow:visible}
-svg text{fill:var(--faint)}
-.grid{stroke:var(--rule)}.change{stroke:var(--faint);stroke-dasharray:2 3;opacity:.7}.diagonal{stroke:var(--faint);stroke-dasharray:4 4}
-.line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}.band{fill:var(--blue);opacity:.22}
-.train{--own:var(--blue)}.test{--own:var(--orange)}.share{--own:var(--bar)}.range{--own:rgb(var(--blue-rgb)/.35)}svg .train,svg .test,svg .share{color:var(--own)}
-circle{fill:currentColor;stroke:var(--card);stroke-width:1}rect{fill:currentColor}rect.plain{fill:var(--faint)}
-.key{white-space:nowrap;margin-right:.6rem}.key::before{content:"";display:inline-block;width:.7rem;height:.7rem;margin-right:.3rem;border-radius:50%;background:var(--own)}
-details{margin-top:.5rem}summary{cursor:pointer;color:var(--blue);width:fit-content;padding:.15rem 0}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9375rem}
-caption{text-align:left;font-weight:600;padding-bottom:.35rem}
-th,td{padding:.3rem .75rem .3rem 0;text-align:right;vertical-align:baseline}
-thead th{font-weight:400;color:var(--faint);font-size:.875rem}thead tr>*{border-bottom:1px solid var(--rule)}
-th:first-child,th[scope=row]{text-align:left}tbody th{font-weight:600}
-tbody tr+tr>*{border-top:1px solid var(--rule)}
-.classes{width:100%}.classes td:not(.often){white-space:nowrap}.classes thead th{white-space:nowrap}.classes td,.classes th{vertical-align:middle}.classes .bar{position:relative;width:50%;min-width:5rem;padding:0}.classes .often{text-align:left;padding-left:1.25rem}
-.classes .bar span{display:block;height:1rem;border-radius:2px;background:var(--bar)}.classes .bar i{position:absolute;top:-.2rem;bottom:-.2rem;width:2px;margin-left:-1px;background:var(--orange)}
-.of,.note{color:var(--faint)}.note{margin:.5rem 0;font-size:.875rem}
-.sides{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:1.5rem 2.5rem;align-items:start}.sides.most{grid-template-columns:minmax(0,2fr) minmax(0,1fr)}
-.big{margin:0 0 .5rem;font-size:2rem;font-weight:600;line-height:1.2}.big small{font-weight:400;color:var(--faint)}
-.recipe td,.recipe th,.versions th,.versions td{text-align:left}.recipe td:last-child{color:var(--faint);font-size:.875rem}
-.confusion{border-collapse:separate;border-spacing:2px}
-.confusion th,.confusion td{border:0!important;padding:0}
-.confusion thead th{height:1px;vertical-align:bottom;color:var(--ink)}.confusion thead span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:8rem;padding:.25rem 0}
-.confusion tbody th{vertical-align:middle;padding-right:.5rem;font-weight:400;font-size:.875rem;white-space:nowrap}
-.confusion td{min-width:2.6rem;height:2.2rem;text-align:center;vertical-align:middle;border-radius:.25rem}
-.confusion td.right{background:rgb(var(--blue-rgb)/calc(var(--v)*.34))}.confusion td.wrong{background:rgb(var(--red-rgb)/calc(.06 + var(--v)*.42))}
-.confusion a{display:grid;place-items:center;width:100%;height:2.2rem;border-radius:.25rem;color:inherit;text-decoration:none}
-.confusion a:hover{outline:1px solid var(--faint)}.confusion a[aria-current]{outline:2px solid var(--ink);outline-offset:-1px}.confusion a:focus-visible{outline:3px solid var(--blue);outline-offset:0}
-.none{color:var(--faint)}
-.cell{display:none;max-height:30rem;overflow-y:auto;scroll-margin-top:6rem;padding:0 .25rem}
-.cell:target{display:block}.cells:not(:has(:target)) .first{display:block}
-.cards{--s:96px;display:grid;grid-template-columns:repeat(auto-fill,calc(2*var(--s) + 2px));gap:1rem;justify-content:start;margin:0;padding:0;list-style:none;font-size:.875rem;line-height:1.35}
-.cell .cards{--s:64px}
-.pair{display:flex;gap:2px;margin-bottom:.3rem;border-radius:.3rem;overflow:hidden}
-.said,.is{display:block;overflow-wrap:anywhere}.said{color:var(--red)}.is,.said.right{color:var(--blue)}.cards small{color:var(--faint)}
-.scale{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center;font-size:.875rem;color:var(--faint)}.scale .bar{width:10rem;height:.8rem;border-radius:.2rem}
-.controls{display:flex;flex-wrap:wrap;gap:.6rem 1.25rem;align-items:center;margin-bottom:1.25rem}.controls[hidden],[hidden]{display:none!important}
-select,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--faint);border-radius:.4rem;padding:.25rem .6rem;max-width:14rem}
-button{cursor:pointer}button:hover{border-color:var(--blue);color:var(--blue)}output{color:var(--faint)}
-footer{padding-bottom:2rem;color:var(--faint);font-size:.875rem}
-@media (max-width:56rem){.sides,.sides.most{grid-template-columns:minmax(0,1fr)}.cell{scroll-margin-top:0}}
-@media (max-width:36rem){
-header,main,footer,nav ul{padding-left:.75rem;padding-right:.75rem}main>section{padding:1rem .85rem}
-.classes .often{display:none}.of{display:none}
-.confusion{border-spacing:1px}.confusion td{min-width:1.62rem}.confusion td,.confusion a{height:1.75rem;font-size:.75rem}.confusion tbody th{font-size:.75rem;padding-right:.25rem}.confusion thead span{font-size:.75rem}
-.cards,.cell .cards{--s:72px;gap:.9rem .5rem}.cell{padding:0}.facts{grid-template-columns:1fr 1fr}.facts div{padding:.75rem .85rem}.recipe td:last-child,.recipe th:nth-child(3){display:none}}
-@media (min-width:24rem) and (max-width:36rem){.cards,.cell .cards{--s:80px}}
-@media print{nav,.controls,.skip{display:none!important}main>section{border:0;padding:0}.pic,.pic::after,.key::before,.confusion td,.bar,.bar *{print-color-adjust:exact;-webkit-print-color-adjust:exact}h2,h3{break-after:avoid}.cards li,figure,tr,.confusion,.facts{break-inside:avoid}.cell{max-height:none;overflow:visible}}
-"""
-_WINDOWS = """
-.pair{--h:calc(var(--s)*{{ratio}})}
-.pic{background-image:url({{images}})}
-.pic,.cam::after{width:var(--s);height:var(--h);background-position:calc(var(--x)*var(--s)*-1) calc(var(--y)*var(--h)*-1);background-size:calc(var(--s)*{{columns}}) auto;image-rendering:pixelated}
-.cam{position:relative}.cam::after{content:"";position:absolute;inset:0;background-image:url({{heatmaps}});opacity:.45}
-"""
+_CSS = Markup((_ASSETS/'report.css').read_text(encoding='utf-8'))
 
 # %% ../nbs/05c_report.ipynb #431540ae
-_JS = """
-'use strict';
-const get = id => document.getElementById(id), gallery = get('gallery');
-if (gallery) {
-  const all = [...gallery.children], number = new Intl.NumberFormat('en-GB');
-  const key = {sure: m => -m.dataset.sure, unsure: m => +m.dataset.sure, image: m => +m.dataset.image};
-  const show = () => {
-    const [is, said, order] = ['is', 'said', 'order'].map(id => get(id).value);
-    for (const m of all) m.hidden = is && m.dataset.is !== is || said && m.dataset.said !== said;
-    const left = all.filter(m => !m.hidden).length;
-    gallery.append(...all.slice().sort((a, b) => key[order](a) - key[order](b)));
-    get('count').textContent = number.format(left) + ' of ' + number.format(all.length);
-    get('nothing').hidden = left > 0;
-  };
-  get('controls').addEventListener('change', show);
-  get('controls').addEventListener('reset', () => setTimeout(show));
-  get('controls').addEventListener('submit', e => e.preventDefault());
-  get('controls').hidden = false;
-  show();
-}
-const mark = () => { for (const a of document.querySelectorAll('.confusion a')) a.hash === location.hash ? a.setAttribute('aria-current', 'true') : a.removeAttribute('aria-current'); };
-addEventListener('hashchange', mark);
-mark();
-"""
+_JS = Markup('\n' + (_ASSETS/'report.js').read_text(encoding='utf-8')) # all that follows the tag, as its hash has it
 
 # %% ../nbs/05c_report.ipynb #ea682b54
-_PAGE = """
-<!DOCTYPE html>
-<html lang="en-GB"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{sha}}'">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{title}}: {{accuracy}} %</title>
-<link rel="icon" href="data:,">
-<style>{{css}}</style></head>
-<body><a class="skip" href="#main">To the contents</a>
-<header><h1>{{title}}</h1><p>Trained on {{history.dataset}}, evaluated on {{data.name}} {{data.split}}: {{'{:,}'.format(data|length)}} images of {{data.classes|length}} classes.</p>
-<dl class="facts">{% for name,value,unit in facts %}<div><dt>{{name}}</dt><dd>{{value}}{% if unit %}&#8239;<small>{{unit}}</small>{% endif %}</dd></div>{% endfor %}</dl></header>
-<nav aria-label="Sections"><ul>{% for id,name in nav %}<li><a href="#{{id}}">{{name}}</a></li>{% endfor %}</ul></nav>
-<main id="main">
-{% for s in sections %}{{s}}{% endfor %}
-</main>
-<footer>Written by cifar_gradcam. Everything is in this file.</footer>
-<script>{{js}}</script></body></html>
-"""
 def _duration(seconds): # for people
     h,m,s = int(seconds)//3600,int(seconds)//60%60,seconds%60
     return f'{h} h {m} min' if h else f'{m} min {s:.0f} s' if m else f'{s:.1f} s'
@@ -494,17 +321,26 @@ def report(pics:Pictures, # What to show, with all predictions
            versions:dict, # Name -> version of what the result depends on
           )->str: # HTML
     "The page. Raises `ValueError` where the training has not finished a stage"
-    if not history.epochs: raise ValueError("the history has no finished stage, so there is nothing to report; train first")
+    if not history.epochs:
+        raise ValueError("the history has no finished stage, so there is nothing to report; train first")
     p,last = pics.p,history.epochs[-1]
-    columns,(h,w) = math.ceil(len(pics.idx)**.5),p.data.images.shape[1:3]
-    css = Markup(_CSS) + fill(_WINDOWS, images=data_uri(pics.images), heatmaps=data_uri(pics.heatmaps), columns=columns, ratio=f'{h/w:g}')
-    facts = [(f'accuracy on {p.data.split}', f'{p.accuracy:.2f}', '%'), ('mistakes', f'{len(p.mistakes):,}', f'of {len(p.data):,}'), ('parameters', f'{parameters:,}', ''), ('cost of the training', f"{last['pflop']:.3f}", 'PFLOP'),
-             (f"of training, {last['seconds']:,.0f} s", _duration(last['seconds']), ''), ('epochs', f"{last['epoch']:g}", ''), ('calibration error', f'{100*calibration(p).ece:.1f}', '%')]
+    facts = [(f'accuracy on {p.data.split}', f'{p.accuracy:.2f}', '%'),
+             ('mistakes', f'{len(p.mistakes):,}', f'of {len(p.data):,}'),
+             ('parameters', f'{parameters:,}', ''),
+             ('cost of the training', f"{last['pflop']:.3f}", 'PFLOP'),
+             (f"of training, {last['seconds']:,.0f} s", _duration(last['seconds']), ''),
+             ('epochs', f"{last['epoch']:g}", ''),
+             ('calibration error', f'{100*calibration(p).ece:.1f}', '%')]
+    nav = [(name.lower(), name) for name in ('Training','Classes','Confusion','Calibration','Recipe','Mistakes')]
     cards = _cards(pics)
-    return fill(_PAGE, title=f"{p.data.name}, recipe ‘{history.recipe.get('name')}’", accuracy=f'{p.accuracy:.2f}', history=history, data=p.data, facts=facts, css=css, js=Markup(_JS),
-                sha=base64.b64encode(hashlib.sha256(_JS.encode()).digest()).decode(),
-                nav=[('training','Training'),('classes','Classes'),('confusion','Confusion'),('calibration','Calibration'),('recipe','Recipe'),('mistakes','Mistakes')],
-                sections=[_curves(history, p.data.split), _classes(p), _confusion(pics, cards), _calibration(p), _recipe(history, versions), _mistakes(pics, cards)])
+    sections = [_curves(history, p.data.split), _classes(p), _confusion(pics, cards), _calibration(p),
+                _recipe(history, versions), _mistakes(pics, cards)]
+    columns,(h,w) = math.ceil(len(pics.idx)**.5),p.data.images.shape[1:3]
+    sha = base64.b64encode(hashlib.sha256(_JS.encode()).digest()).decode()
+    return _html.page(title=f"{p.data.name}, recipe ‘{history.recipe.get('name')}’", accuracy=f'{p.accuracy:.2f}',
+                      history=history, data=p.data, facts=facts, nav=nav, sections=sections,
+                      css=_CSS, images=data_uri(pics.images), heatmaps=data_uri(pics.heatmaps),
+                      columns=columns, ratio=f'{h/w:g}', js=_JS, sha=sha)
 
 def write_report(path, # Where to; folders are made if need be
                  model, # A trained model, (N, 3, H, W) -> (N, n_classes) logits
