@@ -75,8 +75,9 @@ def _options_of_explain(c):
 def _process_number(): return int(os.environ.get('RANK', 0)) # of many that train together, 0 speaks
 
 def _loading(where): # a stream, to which is said that the imports begin
-    if 'torch' not in sys.modules and not _process_number():
-        print('loading torch and the package ...', file=where, flush=True)
+    if 'torch' in sys.modules: return
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # OpenMP reads it when torch is loaded
+    if not _process_number(): print('loading torch and the package ...', file=where, flush=True)
 
 def _commands(where): # the module of that name
     _loading(where)
