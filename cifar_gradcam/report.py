@@ -8,7 +8,6 @@ __all__ = ['fill', 'Axes', 'sheet', 'data_uri', 'Pictures', 'shown', 'pictures',
 # %% ../nbs/05c_report.ipynb #fd54ad07
 import base64, hashlib, io, math
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from itertools import groupby
 
@@ -40,9 +39,7 @@ def fill(template:str, # HTML or SVG, with {{ }} where values go
          **values # What goes there
         )->Markup: # Safe to be put into another template
     "Fill in a template; whatever is no `Markup` is escaped"
-    return Markup(_compiled(template).render(values))
-
-_compiled = cache(_jinja.from_string) # a page fills some in hundreds of times
+    return Markup(_jinja.from_string(template).render(values))
 
 # %% ../nbs/05c_report.ipynb #f8089cec
 @dataclass(frozen=True)
