@@ -48,7 +48,7 @@ class Predictions:
         return np.flatnonzero(self.predicted != self.data.labels)
 
     @property
-    def mistakes_by_confidence(self)->np.ndarray: # Those numbers, the one with the largest probability of its predicted class first
+    def mistakes_by_confidence(self)->np.ndarray: # Those numbers, the mistake that the model was surest of first
         wrong = self.mistakes
         return wrong[np.argsort(-self.probabilities[wrong].max(1), kind='stable')]
 
@@ -95,7 +95,9 @@ def class_table(p:Predictions # Of a data set
         often = f'{p.data.classes[wrong.argmax()]} ({wrong.max()})' if wrong.any() else 'nothing'
         rows.append((name, row.sum(), row[i], f'{acc:.1f}', often))
     n = len(p.data)
-    return Table(('class','images','right','accuracy %','most often taken for'), rows, ('all', n, n-len(p.mistakes), f'{p.accuracy:.2f}', ''))
+    head = ('class','images','right','accuracy %','most often taken for')
+    foot = ('all', n, n-len(p.mistakes), f'{p.accuracy:.2f}', '')
+    return Table(head, rows, foot)
 
 # %% ../nbs/05_analysis.ipynb #05d48b23
 def plot_class_accuracy(p:Predictions # Of a data set
@@ -103,11 +105,15 @@ def plot_class_accuracy(p:Predictions # Of a data set
     "The accuracy of every class as bars, with the mean as a line"
     fig,ax = plt.subplots(figsize=(6.4,2.6), layout='constrained')
     ax.bar(p.data.classes, p.class_accuracy, color='tab:blue')
-    for i,a in enumerate(p.class_accuracy): # at the foot of the bars, where the line does not run through them; where a bar is too low for it, above
-        if np.isfinite(a): ax.annotate(f'{a:.0f}', (i, 0 if a >= 15 else a), (0,3), 'data', 'offset points', ha='center', fontsize=8, color='white' if a >= 15 else 'black')
+    for i,a in enumerate(p.class_accuracy):
+        if not np.isfinite(a): continue
+        # at the foot of the bar, where the line does not run through it; above the bar, where that is too low
+        y,color = (0,'white') if a >= 15 else (a,'black')
+        ax.annotate(f'{a:.0f}', (i,y), (0,3), 'data', 'offset points', ha='center', fontsize=8, color=color)
     ax.axhline(p.accuracy, color='tab:red', lw=1)
     ax.set(ylim=(0,100), ylabel='accuracy, %')
-    ax.set_title(f'{p.data.name} {p.data.split}: accuracy of each class, and of all ({p.accuracy:.2f} %, the line)', fontsize=10)
+    ax.set_title(f'{p.data.name} {p.data.split}: accuracy of each class, and of all ({p.accuracy:.2f} %, the line)',
+                 fontsize=10)
     ax.tick_params(axis='x', labelsize=8)
     return fig
 
@@ -121,7 +127,9 @@ def plot_confusion(p:Predictions # Of a data set
     drawn = ax.imshow(100*share, cmap='Blues', vmin=0, vmax=100)
     for i in range(k):
         for j in range(k):
-            if p.confusion[i,j]: ax.text(j, i, p.confusion[i,j], ha='center', va='center', fontsize=8, color='white' if share[i,j]>.5 else 'black')
+            if not p.confusion[i,j]: continue
+            color = 'white' if share[i,j] > .5 else 'black'
+            ax.text(j, i, p.confusion[i,j], ha='center', va='center', fontsize=8, color=color)
     ax.set_xticks(range(k), p.data.classes, rotation=45, ha='right', fontsize=8)
     ax.set_yticks(range(k), p.data.classes, fontsize=8)
     ax.set(xlabel='predicted', ylabel='actual', title=f'{p.data.name} {p.data.split}: what is taken for what')
@@ -134,6 +142,9 @@ def _epoch_axis(ax): # from 0, and only whole epochs have a tick
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
+def _values(history, key): # of each epoch; nan where nothing was measured
+    return [np.nan if e[key] is None else e[key] for e in history.epochs]
+
 def plot_curves(history:History # Of a run, finished or under way
                ): # The matplotlib figure
     "Training loss per batch, test loss per epoch, training accuracy, test accuracy"
@@ -141,13 +152,19 @@ def plot_curves(history:History # Of a run, finished or under way
     loss,epochs = np.array(history.batch_loss),[e['epoch'] for e in history.epochs]
     w = max(1, len(loss)//100)
     axs[0,0].plot(loss, color='tab:blue', alpha=.3 if w > 1 else 1, lw=.7)
-    if w > 1: axs[0,0].plot(np.arange(w-1,len(loss)), np.convolve(loss, np.ones(w)/w, 'valid'), color='tab:blue', label=f'mean of {w}')
+    if w > 1:
+        mean = np.convolve(loss, np.ones(w)/w, 'valid')
+        axs[0,0].plot(np.arange(w-1,len(loss)), mean, color='tab:blue', label=f'mean of {w}')
+        axs[0,0].legend(fontsize=8)
     smooth = history.recipe.get('label_smoothing')
-    axs[0,0].set(title='training loss per batch' + (f' (labels smoothed by {smooth:g})' if smooth else ''), xlabel='batch', ylabel='loss, nats')
-    if w > 1: axs[0,0].legend(fontsize=8)
-    for ax,key,title,label in ((axs[0,1],'test_loss','test loss','loss, nats'), (axs[1,0],'train_accuracy','training accuracy','accuracy, %'),
-                               (axs[1,1],'test_accuracy','test accuracy','accuracy, %')):
-        ax.plot(epochs, [np.nan if e[key] is None else e[key] for e in history.epochs], 'o-', color='tab:blue' if 'train' in key else 'tab:orange')
+    note = f' (labels smoothed by {smooth:g})' if smooth else ''
+    axs[0,0].set(title=f'training loss per batch{note}', xlabel='batch', ylabel='loss, nats')
+    by_epoch = ((axs[0,1],'test_loss','test loss','loss, nats'),
+                (axs[1,0],'train_accuracy','training accuracy','accuracy, %'),
+                (axs[1,1],'test_accuracy','test accuracy','accuracy, %'))
+    for ax,key,title,label in by_epoch:
+        color = 'tab:blue' if 'train' in key else 'tab:orange'
+        ax.plot(epochs, _values(history, key), 'o-', color=color)
         ax.set(title=title, ylabel=label)
         _epoch_axis(ax)
     for ax in axs.flat: ax.title.set_fontsize(10); ax.grid(alpha=.3)
@@ -160,9 +177,12 @@ def plot_accuracy(history:History # Of a run, finished or under way
     "Test and training accuracy per epoch, in one plot"
     fig,ax = plt.subplots(figsize=(5,3), layout='constrained')
     epochs = [e['epoch'] for e in history.epochs]
-    for key,label,color in (('train_accuracy','training (augmented images)','tab:blue'),('test_accuracy','test','tab:orange')):
-        ax.plot(epochs, [np.nan if e[key] is None else e[key] for e in history.epochs], 'o-', label=label, color=color)
-    for e in history.epochs: ax.annotate(f"{e['size']} px", (e['epoch'],0), (0,3), 'data', 'offset points', ha='center', fontsize=7, color='gray')
+    train,test = (_values(history, key) for key in ('train_accuracy','test_accuracy'))
+    ax.plot(epochs, train, 'o-', label='training (augmented images)', color='tab:blue')
+    ax.plot(epochs, test, 'o-', label='test', color='tab:orange')
+    for e in history.epochs:
+        ax.annotate(f"{e['size']} px", (e['epoch'],0), (0,3), 'data', 'offset points',
+                    ha='center', fontsize=7, color='gray')
     ax.set(ylim=(0,100), ylabel='accuracy, %', title=f"{history.dataset}, recipe '{history.recipe.get('name')}'")
     _epoch_axis(ax)
     ax.grid(alpha=.3)
@@ -185,13 +205,15 @@ def live_curves(): # A function of the `History`, for `fit(callback=...)`
 # %% ../nbs/05_analysis.ipynb #cdd020ef
 def tensorboard_log(folder # Where the log goes
                    ): # A function of the `History`, for `fit(callback=...)`
-    "A callback that writes losses and accuracies for TensorBoard; a run that is resumed continues the same log. Raises `ImportError` without tensorboard"
+    """A callback that writes losses and accuracies for TensorBoard; a run that is resumed continues the same log.
+    Raises `ImportError` without tensorboard"""
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError as e: raise ImportError("the log needs TensorBoard: pip install tensorboard") from e
     steps,stages = 0,0 # written so far by this callback
     def write(history):
         nonlocal steps,stages
-        with SummaryWriter(folder, purge_step=None if steps else 0) as w: # what a process before this one wrote is written anew
+        # what a process before this one wrote is written anew
+        with SummaryWriter(folder, purge_step=None if steps else 0) as w:
             for i in range(steps, len(history.batch_loss)): w.add_scalar('batch/train_loss', history.batch_loss[i], i)
             for e in history.epochs[stages:]:
                 for key in ('train_loss','train_nll','train_accuracy','test_loss','test_accuracy'):
@@ -219,10 +241,12 @@ def calibration(p:Predictions, # Of a data set
     "Compare how sure the predictions are with how often they are right"
     if n_bins < 1: raise ValueError(f"n_bins must be at least 1, got {n_bins}")
     confidence = p.probabilities.max(1).astype(np.float64)
-    right,of = p.predicted==p.data.labels, np.clip(np.ceil(confidence*n_bins).astype(int)-1, 0, n_bins-1) # a bin holds its upper edge
+    right = p.predicted == p.data.labels
+    of = np.clip(np.ceil(confidence*n_bins).astype(int)-1, 0, n_bins-1) # the bin of each image; it holds its upper edge
     used = np.unique(of)
-    return Calibration(np.stack([used,used+1],1)/n_bins, *(np.array([f(of==b) for b in used]) for f in
-        (lambda m: confidence[m].mean(), lambda m: right[m].mean(), lambda m: m.sum())))
+    in_bins = [of == b for b in used]
+    return Calibration(np.stack([used,used+1],1)/n_bins, np.array([confidence[m].mean() for m in in_bins]),
+                       np.array([right[m].mean() for m in in_bins]), np.array([m.sum() for m in in_bins]))
 
 # %% ../nbs/05_analysis.ipynb #d44d4f3a
 def plot_calibration(p:Predictions, # Of a data set
@@ -235,7 +259,8 @@ def plot_calibration(p:Predictions, # Of a data set
     a.bar(left, c.accuracy, width, align='edge', color='tab:blue', edgecolor='white', label='share that is right')
     a.plot(c.confidence, c.confidence, 'o', color='tab:red', ms=4, label='mean probability')
     a.plot([0,1], [0,1], '--', color='gray', lw=1)
-    a.set(xlim=(0,1), ylim=(0,1), ylabel='accuracy', title=f'{p.data.name} {p.data.split}: calibration error {100*c.ece:.1f} %')
+    a.set(xlim=(0,1), ylim=(0,1), ylabel='accuracy',
+          title=f'{p.data.name} {p.data.split}: calibration error {100*c.ece:.1f} %')
     a.title.set_fontsize(10); a.legend(fontsize=8)
     b.bar(left, 100*c.count/c.count.sum(), width, align='edge', color='gray', edgecolor='white')
     b.set(xlabel='probability of the predicted class', ylabel='images, %')
@@ -256,7 +281,8 @@ def plot_mistakes(p:Predictions, # Of a data set
                  ): # The matplotlib figure
     "Misclassified images, with the predicted class in red and the actual one in blue"
     idx = _choose(p, idx, n)
-    return show_images(p.data.images[idx], _titles(p, idx), suptitle=f'{p.data.name} {p.data.split}: mistakes (red: predicted, blue: actual)')
+    return show_images(p.data.images[idx], _titles(p, idx),
+                       suptitle=f'{p.data.name} {p.data.split}: mistakes (red: predicted, blue: actual)')
 
 # %% ../nbs/05_analysis.ipynb #20168790
 def explain(model, # (N, 3, H, W) -> (N, n_classes) logits
@@ -287,8 +313,10 @@ def plot_mistakes_cam(model, # The model that made the predictions
     "The same images, with Grad-CAM for the predicted class laid over"
     idx = _choose(p, idx, n)
     maps = (result or _explained(model, p, info, idx, layer)).heatmaps.cpu().numpy()
-    return show_images([overlay(i,m,alpha) for i,m in zip(p.data.images[idx], maps)], _titles(p, idx), **_SCALE, colorbar="share of the map's maximum",
-                       suptitle=f'{p.data.name} {p.data.split}: Grad-CAM at {find_layer(model,layer)[0]} for the predicted class (red: predicted, blue: actual)')
+    laid_over = [overlay(i,m,alpha) for i,m in zip(p.data.images[idx], maps)]
+    title = (f'{p.data.name} {p.data.split}: Grad-CAM at {find_layer(model,layer)[0]} for the predicted class '
+             '(red: predicted, blue: actual)')
+    return show_images(laid_over, _titles(p, idx), **_SCALE, colorbar="share of the map's maximum", suptitle=title)
 
 def plot_mistakes_heatmaps(model, # The model that made the predictions
                            p:Predictions, # Of a data set
@@ -301,8 +329,8 @@ def plot_mistakes_heatmaps(model, # The model that made the predictions
     "The heat maps alone"
     idx = _choose(p, idx, n)
     maps = (result or _explained(model, p, info, idx, layer)).heatmaps.cpu().numpy()
-    return show_images(maps, _titles(p, idx), **_SCALE, colorbar="share of the map's maximum",
-                       suptitle=f'{p.data.name} {p.data.split}: Grad-CAM heat maps at {find_layer(model,layer)[0]} for the predicted class')
+    title = f'{p.data.name} {p.data.split}: Grad-CAM heat maps at {find_layer(model,layer)[0]} for the predicted class'
+    return show_images(maps, _titles(p, idx), **_SCALE, colorbar="share of the map's maximum", suptitle=title)
 
 # %% ../nbs/05_analysis.ipynb #d3ff2917
 def plot_mistakes_pairs(model, # The model that made the predictions
@@ -323,7 +351,10 @@ def plot_mistakes_pairs(model, # The model that made the predictions
     maps = (maps/maps.amax((1,2,3), keepdim=True).clamp(min=1e-12)).cpu().numpy()
     cells,titles = [],[]
     for i,image,pair in zip(idx, images, maps):
-        says = [(p.data.classes[c], p.probabilities[i,c]) for c in (p.predicted[i], p.data.labels[i])]
+        says,is_ = [f'{p.data.classes[c]} {p.probabilities[i,c]:.2f}' for c in (p.predicted[i], p.data.labels[i])]
         cells += [image, *(overlay(image,m,alpha) for m in pair)]
-        titles += [[(f'image {i}','black')], [(f'{says[0][0]} {says[0][1]:.2f}','tab:red')], [(f'{says[1][0]} {says[1][1]:.2f}','tab:blue')]]
-    return show_images(cells, titles, ncols=9 if len(idx) > 4 else 3, **_SCALE, colorbar="share of the pair's maximum", suptitle=f'{p.data.name} {p.data.split}: what speaks for the predicted class (red) and for the actual one (blue)')
+        titles += [[(f'image {i}','black')], [(says,'tab:red')], [(is_,'tab:blue')]]
+    title = (f'{p.data.name} {p.data.split}: what speaks for the predicted class (red) '
+             'and for the actual one (blue)')
+    return show_images(cells, titles, ncols=9 if len(idx) > 4 else 3, **_SCALE,
+                       colorbar="share of the pair's maximum", suptitle=title)

@@ -25,14 +25,16 @@ from .transforms import CIFAR10_MEAN, CIFAR10_STD, train_transforms
 
 # %% ../nbs/studies/benchmark.ipynb #f1f54552
 class _Plain(Dataset):
-    def __init__(self, data): self.images,self.labels,self.tfm = [Image.fromarray(i) for i in data.images],data.labels.tolist(),plain_transforms()
+    def __init__(self, data):
+        self.images,self.labels = [Image.fromarray(i) for i in data.images],data.labels.tolist()
+        self.tfm = plain_transforms()
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.tfm(self.images[i]),self.labels[i]
 
 def plain_transforms()->v2.Compose: # PIL image in, float32 tensor (3, 32, 32) out
     "The usual CIFAR-10 pipeline in `torchvision.transforms.v2`: shift, mirror, normalise"
-    return v2.Compose([v2.RandomCrop(32, padding=2, padding_mode='reflect'), v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)])
+    return v2.Compose([v2.RandomCrop(32, padding=2, padding_mode='reflect'), v2.RandomHorizontalFlip(), v2.ToImage(),
+                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)])
 
 def plain_batches(data:ImageSet, # What to train on
                   batch_size:int=128 # Images in a step
@@ -78,7 +80,8 @@ def our_loop(data:ImageSet, # What to train on
              threads:int|None=None, # Threads of a step; None: as many as torch takes
             ): # Generator: images in each step
     "The `Trainer` at work"
-    recipe = Recipe('benchmark', sizes=(size,), lr=.01, muon_lr=.01 if muon else 0., schedule='constant', batch_size=batch_size)
+    recipe = Recipe('benchmark', sizes=(size,), lr=.01, muon_lr=.01 if muon else 0., schedule='constant',
+                    batch_size=batch_size)
     t = Trainer(recipe, data, device=device, amp=amp)
     if compile: t.parallel = torch.compile(t.net)
     t.net.train()
@@ -140,14 +143,18 @@ class Throughput:
     def speedup(self, name:str # Of an entrant
                )->float: # Ratio of images/s
         "How much faster than the plain loop; the median of the ratios within each round"
-        return median(a/b for a,b in zip({r.name: r for r in self.training}[name].rounds, self.training[0].rounds, strict=True))
+        entrant,plain = next(r for r in self.training if r.name == name),self.training[0]
+        return median(a/b for a,b in zip(entrant.rounds, plain.rounds, strict=True))
 
     @property
     def table(self)->Table:
         peak = max(p.median for p in self.peaks)
-        return Table(('training at 32 px','../images/s','slowest..fastest','x plain','TFLOP/s','of the peak'),
-            [(r.name, f'{r.median:.1f}', f'{min(r.rounds):.1f}..{max(r.rounds):.1f}', f'{self.speedup(r.name):.2f}', f'{r.median*self.gflop/1e3:.3f}',
-              f'{100*r.median*self.gflop*1e9/peak:.0f} %') for r in self.training])
+        rows = []
+        for r in self.training:
+            flops = r.median*self.gflop*1e9
+            rows.append((r.name, f'{r.median:.1f}', f'{min(r.rounds):.1f}..{max(r.rounds):.1f}',
+                         f'{self.speedup(r.name):.2f}', f'{flops/1e12:.3f}', f'{100*flops/peak:.0f} %'))
+        return Table(('training at 32 px','images/s','slowest..fastest','x plain','TFLOP/s','of the peak'), rows)
 
     @property
     def data_table(self)->Table:
@@ -163,14 +170,15 @@ def benchmark(rounds:int=5, # How often each entrant has its turn
               everything:bool=False, # Other batch sizes, one thread and torch.compile too?
               device=None, # None: the best there is
               n_images:int=2048, # Images to train on, at least 512
-              say=None, # Called with a line of text at the start and after each turn, e.g. `print`; None: a progress bar instead
+              say=None, # Called with a line of text at the start and after each turn, e.g. `print`; None: a bar
              )->Throughput:
-    "Training throughput at 32 pixels compared with a plain loop, the share of the data pipeline, and the machine's peak"
+    "Training throughput at 32 pixels compared with a plain loop, the data pipeline's share, and the machine's peak"
     device,data = pick_device(device),shapes('train', n_images)
     half = amp_dtype(device)
     name = str(half or torch.float32).removeprefix('torch.')
     training = {'plain loop, float32, batch 128': plain_loop(data, 128, device)}
-    def add(what, batch_size=128, **kwargs): training[f'ours, {what}, batch {batch_size}'] = our_loop(data, batch_size, device=device, **kwargs)
+    def add(what, batch_size=128, **kwargs):
+        training[f'ours, {what}, batch {batch_size}'] = our_loop(data, batch_size, device=device, **kwargs)
     add('float32')
     if half:
         add(name, amp=True)
@@ -186,13 +194,17 @@ def benchmark(rounds:int=5, # How often each entrant has its turn
         if half: add(f'{name}, compiled', 256, amp=True, compile=True)
     small = {f'{recipes}, 16 px': our_loop(data, 256, 16, device, amp=bool(half), muon=True)}
     def count(batches): return map(lambda b: len(b[1]), batches)
-    pipelines = {'ours (Albumentations)': count(our_batches(data)), 'torchvision.transforms.v2': count(plain_batches(data)),
+    pipelines = {'ours (Albumentations)': count(our_batches(data)),
+                 'torchvision.transforms.v2': count(plain_batches(data)),
                  'ours, 16 px': count(our_batches(data, size=16))}
     peaks = {str(d).removeprefix('torch.'): matmul_loop(d, device) for d in (torch.float32, half) if d}
     entrants = {**training, **small, **pipelines, **peaks}
-    if say: say(f'{len(entrants)} entrants, {rounds+1} turns of {seconds:g} s or more for each: at least {math.ceil(len(entrants)*(rounds+1)*seconds/60)} min')
+    minutes = math.ceil(len(entrants)*(rounds+1)*seconds/60)
+    if say: say(f'{len(entrants)} entrants, {rounds+1} turns of {seconds:g} s or more for each: at least {minutes} min')
     rates = take_turns(entrants, rounds, seconds, say)
-    pairs = [(p,t) for p in list(pipelines)[:2] for t in ('ours, float32, batch 128', recipes)] + [('ours, 16 px', *small)]
-    machine = f'{torch.get_num_threads()} threads, torch {torch.__version__}' if device.type == 'cpu' else torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
-    return Throughput(tuple(rates[k] for k in training), tuple((rates[p],rates[t]) for p,t in pairs), tuple(rates[k] for k in peaks),
+    at_32 = [(p,t) for p in list(pipelines)[:2] for t in ('ours, float32, batch 128', recipes)]
+    pairs = [(rates[p],rates[t]) for p,t in (*at_32, ('ours, 16 px', *small))]
+    if device.type == 'cpu': machine = f'{torch.get_num_threads()} threads, torch {torch.__version__}'
+    else: machine = torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device)
+    return Throughput(tuple(rates[k] for k in training), tuple(pairs), tuple(rates[k] for k in peaks),
                       count_flop(resnet18(), backward=True)/1e9, machine)

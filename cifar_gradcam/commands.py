@@ -47,7 +47,8 @@ def write_figures(folder, # Where to, made if need be
     "Draw every figure of a run, as PNG"
     model,info,h = trainer.model,trainer.info,trainer.history
     first = p.mistakes[:36]
-    if len(first): maps = explain(model, p.data.images[first], info, p.predicted[first]) # once, for three of the figures
+    # once, for three of the figures
+    if len(first): maps = explain(model, p.data.images[first], info, p.predicted[first])
     figures = dict(gallery=lambda: gallery(p.data.images[1], suptitle=f'{p.data.name}: the augmentations'),
                    curves=lambda: plot_curves(h),
                    accuracy=lambda: plot_accuracy(h),

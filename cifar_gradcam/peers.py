@@ -48,7 +48,8 @@ def _torchcam(model):
     from torchcam.methods import GradCAM as TorchCAM
     def run(batches, target):
         with TorchCAM(model, 'layer4') as cam:
-            return torch.cat([cam(t.tolist(), model(x), normalized=False)[0].detach() for x,t in _pairs(batches, target)])
+            def maps(x, t): return cam(t.tolist(), model(x), normalized=False)[0].detach()
+            return torch.cat([maps(x, t) for x,t in _pairs(batches, target)])
     return run
 
 def _pytorch_grad_cam(model):
@@ -56,11 +57,13 @@ def _pytorch_grad_cam(model):
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     def run(batches, target):
         with PytorchGradCAM(model, [model.layer4]) as cam:
-            return torch.cat([torch.from_numpy(cam(x, [ClassifierOutputTarget(c) for c in t.tolist()])) for x,t in _pairs(batches, target)])
+            def maps(x, t): return torch.from_numpy(cam(x, [ClassifierOutputTarget(c) for c in t.tolist()]))
+            return torch.cat([maps(x, t) for x,t in _pairs(batches, target)])
     return run
 
-ENTRANTS = {'forward pass alone': _forward_pass, 'cifar_gradcam, stream': _stream, 'cifar_gradcam, call': _ours, 'captum': _captum,
-            'torchcam': _torchcam, 'pytorch-grad-cam': _pytorch_grad_cam} # Name -> function of a model; it gives a function of (batches, target) -> maps
+ENTRANTS = { # Name -> function of a model; it gives a function of (batches, target) -> maps
+    'forward pass alone': _forward_pass, 'cifar_gradcam, stream': _stream, 'cifar_gradcam, call': _ours,
+    'captum': _captum, 'torchcam': _torchcam, 'pytorch-grad-cam': _pytorch_grad_cam}
 
 # %% ../nbs/studies/peers.ipynb #b9847a83
 def as_drawn(maps:torch.Tensor, # (N, h, w)
@@ -84,7 +87,8 @@ def by_hand(model:nn.Module, # The package's ResNet-18
 
 # %% ../nbs/studies/peers.ipynb #cfb21a17
 def _held(what): # 'VmRSS' or 'VmHWM' (the peak), MiB
-    return int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(what)).split()[1])/1024
+    line = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(what))
+    return int(line.split()[1])/1024 # from kB
 
 def added_memory(f # Function without arguments
                 )->float: # MiB; nan where the system does not tell
@@ -103,7 +107,8 @@ def _memory_of(name, batch_size, pretrained): # of one entrant, MiB
 
 def _memory_in_a_new_process(name, batch_size, pretrained):
     code = f'from cifar_gradcam.peers import _memory_of; print(_memory_of({name!r}, {batch_size}, {pretrained}))'
-    return float(subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+    done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 def _task(n, pretrained): # a model, n images and their classes
     model = resnet18(pretrained=pretrained).eval()
@@ -134,9 +139,11 @@ class Comparison:
         head,rows = ['seconds for 1,000 images, and times a forward pass'],[[name] for name in ENTRANTS]
         for b,rates in self.rates.items():
             head += [f'batch {b}', '×']
-            for row,name in zip(rows, ENTRANTS): row += [f'{1000/rates[name].median:.2f}', f'{self.relative(b, name):.2f}']
+            for row,name in zip(rows, ENTRANTS):
+                row += [f'{1000/rates[name].median:.2f}', f'{self.relative(b, name):.2f}']
         head.append('largest difference')
-        for row,name in zip(rows, ENTRANTS): row.append(f'{self.differences[name]:.0e}' if name in self.differences else '')
+        for row,name in zip(rows, ENTRANTS):
+            row.append(f'{self.differences[name]:.0e}' if name in self.differences else '')
         for b,peak in self.memory.items():
             head.append(f'MiB, batch {b}')
             for row,name in zip(rows, ENTRANTS): row.append(f'{peak[name]:.0f}')
@@ -151,21 +158,30 @@ def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
             n_images:int=2048, # Of a turn of `stream`, at least the largest batch
             memory:bool=True, # Measure the peak of memory too? Each entrant needs a new process for it
             pretrained:bool=True, # The network that comes with the package, or one of random weights?
-            say=None, # Called with a line of text at the start and for each measurement, e.g. `print`; None: progress bars instead
+            say=None, # Called with a line of text at the start and after each turn, e.g. `print`; None: progress bars
            )->Comparison:
-    "Grad-CAM by this package, captum, torchcam and pytorch-grad-cam, in turn, on the CPU. Raises `ImportError` if one of them is missing"
+    """Grad-CAM by this package, captum, torchcam and pytorch-grad-cam, in turn, on the CPU.
+    Raises `ImportError` if one of them is missing"""
     peers = {'captum': 'captum', 'torchcam': 'torchcam', 'pytorch-grad-cam': 'grad-cam'}
     try: versions = {name: version(package) for name,package in peers.items()}
-    except ImportError as e: raise ImportError(f"{e.name} is not installed; pip install \"cifar_gradcam[bench]\" brings the libraries to compare with") from None
+    except ImportError as e:
+        raise ImportError(f'{e.name} is not installed; pip install "cifar_gradcam[bench]" brings the libraries '
+                          'to compare with') from None
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if max(batch_sizes) > n_images: raise ValueError(f"n_images must be at least the largest batch, {max(batch_sizes)}, got {n_images}")
-    n_turns,pairs = len(batch_sizes)*len(ENTRANTS)*(rounds+1), [(b, name) for b in batch_sizes for name in ENTRANTS] if memory else []
-    if say: say(f'{n_turns} turns of {seconds:g} s or more: at least {math.ceil(n_turns*seconds/60)} min' + (f'; then the memory of {len(pairs)} processes' if memory else ''))
+    if max(batch_sizes) > n_images:
+        raise ValueError(f"n_images must be at least the largest batch, {max(batch_sizes)}, got {n_images}")
+    n_turns = len(batch_sizes)*len(ENTRANTS)*(rounds+1)
+    pairs = [(b, name) for b in batch_sizes for name in ENTRANTS] if memory else []
+    then = f'; then the memory of {len(pairs)} processes' if memory else ''
+    if say: say(f'{n_turns} turns of {seconds:g} s or more: at least {math.ceil(n_turns*seconds/60)} min{then}')
     model,images,target = _task(n_images, pretrained)
     some = slice(min(64, n_images))
     want = as_drawn(by_hand(model, images[some], target[some]), images.shape[2:])
     runs = {name: make(copy.deepcopy(model)) for name,make in ENTRANTS.items()}
-    differences = {name: (as_drawn(run((images[some],), target[some]), images.shape[2:])-want).abs().max().item() for name,run in runs.items() if name != 'forward pass alone'}
+    def difference(run):
+        maps = as_drawn(run((images[some],), target[some]), images.shape[2:])
+        return (maps-want).abs().max().item()
+    differences = {name: difference(run) for name,run in runs.items() if name != 'forward pass alone'}
     def turns(name, b):
         while True:
             for i in range(0, n_images, n := n_images if name == 'cifar_gradcam, stream' else b):
@@ -173,9 +189,11 @@ def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
                 yield min(n, n_images-i)
     rates,peaks = {},{b: {} for b in batch_sizes if memory}
     for b in batch_sizes:
-        rates[b] = take_turns({name: turns(name, b) for name in runs}, rounds, seconds, say and (lambda text: say(f'batch {b}, {text}')))
+        def say_batch(text, b=b): say(f'batch {b}, {text}')
+        rates[b] = take_turns({name: turns(name, b) for name in runs}, rounds, seconds, say_batch if say else None)
     for b,name in pairs if say else progress_bar(pairs, 'memory'):
         peaks[b][name] = _memory_in_a_new_process(name, b, pretrained)
         if say: say(f'batch {b}, memory: {name}: {peaks[b][name]:.0f} MiB')
-    machine = f'{torch.get_num_threads()} threads, torch {torch.__version__}, ' + ', '.join(f'{n} {v}' for n,v in versions.items())
+    libraries = ', '.join(f'{name} {v}' for name,v in versions.items())
+    machine = f'{torch.get_num_threads()} threads, torch {torch.__version__}, {libraries}'
     return Comparison(rates, differences, peaks, machine)
