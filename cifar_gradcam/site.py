@@ -40,7 +40,7 @@ class Page:
     cells:list # Its cells, without title and summary
     section:str = '' # The part of the site to which it belongs; '' for none
     folder:str = '' # Where the notebook lies, from the folder of all notebooks, e.g. 'guides'; '' for that itself
-    toc:list = field(default_factory=list) # Headings and symbols as they were rendered: dicts of `level`, `id` and `html`
+    toc:list = field(default_factory=list) # Headings and symbols, rendered: dicts of `level`, `id` and `html`
     ids:set = field(default_factory=set) # The ids that are taken
     symbols:dict = field(default_factory=dict) # What its cells export: {id of the cell: `Symbol`s}
 
@@ -61,9 +61,10 @@ class Page:
     def unique(self, id:str # Wanted
               )->str: # That, or with a number behind it
         "An id that no other place of the page has"
-        n = next(f'{id}-{k}' if k else id for k in range(len(self.ids)+1) if (f'{id}-{k}' if k else id) not in self.ids)
-        self.ids.add(n)
-        return n
+        candidates = (f'{id}-{k}' if k else id for k in range(len(self.ids)+1))
+        free = next(c for c in candidates if c not in self.ids)
+        self.ids.add(free)
+        return free
 
 def read_page(path # Notebook
              )->Page:
@@ -72,13 +73,18 @@ def read_page(path # Notebook
     cells = list(nbformat.read(path, 4).cells)
     first = cells[0].source if cells else ''
     if m := re.match(r'---\n(.*?)\n---\s*', first, re.S): # front matter
-        front = {k.strip(): v.strip().strip('"\'') for k,_,v in (l.partition(':') for l in m[1].splitlines())}
+        pairs = (line.partition(':') for line in m[1].splitlines())
+        front = {k.strip(): v.strip().strip('"\'') for k,_,v in pairs}
         title,summary = front.get('title'),front.get('description','')
     elif m := re.match(r'# (.+)\n+> (.+)\n*', first): front,(title,summary) = {},m.groups()
     else: title = None
-    if not title: raise ValueError(f"'{path}' must begin with '# Title' and '> what it is about', or with front matter that has a title; it begins with {first[:60]!r}")
-    cells[0] = nbformat.v4.new_markdown_cell(re.sub(r'\[!\[Open In Colab\].*', '', first[m.end():])) # the page has a button for it
-    modules = [d['default_exp'] for c in cells if c.cell_type=='code' and 'default_exp' in (d := directives(c.source)[0])]
+    if not title:
+        raise ValueError(f"'{path}' must begin with '# Title' and '> what it is about', "
+                         f"or with front matter that has a title; it begins with {first[:60]!r}")
+    text = re.sub(r'\[!\[Open In Colab\].*', '', first[m.end():]) # the page has a button for it
+    cells[0] = nbformat.v4.new_markdown_cell(text)
+    given = [directives(c.source)[0] for c in cells if c.cell_type == 'code']
+    modules = [d['default_exp'] for d in given if 'default_exp' in d]
     name = front.get('output-file') or re.sub(r'^\d+[a-zA-Z0-9]*_', '', path.stem.lower()) + '.html'
     return Page(path, title, summary, name, *(modules or [''])[:1], cells)
 
@@ -110,18 +116,20 @@ class Symbol:
     kind:str # 'class', 'function', 'method', 'property', 'context manager' or 'value'
     signature:str = '' # As one calls it
     doc:str = '' # Docstring, or the comment on a value
-    rows:list = field(default_factory=list) # Parameters, then what is returned: dicts of `name`, `type`, `default` and `what`
+    rows:list = field(default_factory=list) # Parameters, then the result: dicts of `name`, `type`, `default` and `what`
     attributes:list = field(default_factory=list) # Of a class: its properties, likewise
     methods:list = field(default_factory=list) # Of a class: `Symbol`s
     page:Page|None = None # Where it is documented
     id:str = '' # On that page
 
+def _tokens(source): return tokenize.generate_tokens(io.StringIO(source).readline)
+
 def _comments(source): # {line: text}
-    return {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    return {t.start[0]: t.string.lstrip('# ') for t in _tokens(source) if t.type == tokenize.COMMENT}
 
 def _colon(source, node): # the line on which the head of a definition ends
     depth = 0
-    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+    for t in _tokens(source):
         if t.type != tokenize.OP or t.start[0] < node.lineno: continue
         depth += (t.string in '([{') - (t.string in ')]}')
         if t.string == ':' and not depth: return t.start[0]
@@ -131,42 +139,68 @@ def _text(node): return ast.unparse(node) if node else ''
 def _parameters(f, method): # of a function definition: (stars, argument, default)
     a = f.args
     plain = [*a.posonlyargs, *a.args]
-    all = [*zip([''] * len(plain), plain, [None]*(len(plain)-len(a.defaults)) + a.defaults)][method:]
-    return all + [('*',a.vararg,None)]*bool(a.vararg) + [*zip(['']*len(a.kwonlyargs), a.kwonlyargs, a.kw_defaults)] + [('**',a.kwarg,None)]*bool(a.kwarg)
+    defaults = [None]*(len(plain)-len(a.defaults)) + a.defaults
+    params = [('',arg,default) for arg,default in zip(plain, defaults)][method:] # without `self`
+    if a.vararg: params.append(('*',a.vararg,None))
+    params += [('',arg,default) for arg,default in zip(a.kwonlyargs, a.kw_defaults)]
+    if a.kwarg: params.append(('**',a.kwarg,None))
+    return params
+
+def _as_called(f, method): # the parameters of a function definition without their annotations, as text
+    args = copy.deepcopy(f.args)
+    for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
+        if arg: arg.annotation = None
+    if method: (args.posonlyargs or args.args).pop(0)
+    return _text(args)
 
 def _function(source, f, comments, owner=''):
     marks = [_text(d).split('.')[-1] for d in f.decorator_list]
     method,init = bool(owner) and 'staticmethod' not in marks, f.name == '__init__'
     params = _parameters(f, method)
     ends = [(default or a).end_lineno for _,a,default in params]
-    rows = [dict(name=stars+a.arg, type=_text(a.annotation), default=_text(default), what=comments.get(end,'') if end not in ends[i+1:] else '')
-            for i,((stars,a,default),end) in enumerate(zip(params, ends))]
+    rows = []
+    for i,((stars,a,default),end) in enumerate(zip(params, ends)):
+        what = comments.get(end, '') if end not in ends[i+1:] else '' # the last on a line has the comment
+        rows.append(dict(name=stars+a.arg, type=_text(a.annotation), default=_text(default), what=what))
     said = comments.get(colon := _colon(source, f), '')
     if colon in ends: # all on one line: what is said is about the result, if one is announced
         if f.returns and not init: rows[-1]['what'] = ''
         else: said = ''
     if not init and (f.returns or said): rows.append(dict(name='', type=_text(f.returns), default='', what=said))
-    bare = copy.deepcopy(f.args)
-    for arg in (*bare.posonlyargs, *bare.args, *bare.kwonlyargs, bare.vararg, bare.kwarg):
-        if arg: arg.annotation = None
-    if method: (bare.posonlyargs or bare.args).pop(0)
     prop = any(m in ('property','cached_property','patch(as_prop=True)') for m in marks)
     kind = 'property' if prop else 'method' if owner else 'context manager' if 'contextmanager' in marks else 'function'
-    return Symbol(f'{owner}.{f.name}' if owner else f.name, kind, '' if prop else f"{owner if init else f.name}({_text(bare)})", ast.get_docstring(f) or '', rows)
+    name = f'{owner}.{f.name}' if owner else f.name
+    signature = '' if prop else f'{owner if init else f.name}({_as_called(f, method)})'
+    return Symbol(name, kind, signature, ast.get_docstring(f) or '', rows)
 
 def _class(source, c, comments):
-    s = Symbol(c.name, 'class', f"class {c.name}" + (f"({', '.join(map(_text, c.bases))})" if c.bases else ''), ast.get_docstring(c) or '')
-    made = [n for n in c.body if isinstance(n, ast.AnnAssign)] if any('dataclass' in _text(d) for d in c.decorator_list) else []
-    if made:
-        s.rows = [dict(name=n.target.id, type=_text(n.annotation), default=re.sub(r'^field\(default_factory=(\w+)\)$', r'\1()', _text(n.value)), what=comments.get(n.end_lineno,'')) for n in made]
-        s.signature = f"{c.name}({', '.join(r['name'] + ('='+r['default'])*bool(r['default']) for r in s.rows)})"
+    bases = ', '.join(map(_text, c.bases))
+    s = Symbol(c.name, 'class', f'class {c.name}({bases})' if bases else f'class {c.name}', ast.get_docstring(c) or '')
+    fields = [n for n in c.body if isinstance(n, ast.AnnAssign)]
+    if fields and any('dataclass' in _text(d) for d in c.decorator_list):
+        for n in fields:
+            default = re.sub(r'^field\(default_factory=(\w+)\)$', r'\1()', _text(n.value))
+            what = comments.get(n.end_lineno, '')
+            s.rows.append(dict(name=n.target.id, type=_text(n.annotation), default=default, what=what))
+        args = ', '.join(f"{r['name']}={r['default']}" if r['default'] else r['name'] for r in s.rows)
+        s.signature = f'{c.name}({args})'
     for f in (n for n in c.body if isinstance(n, ast.FunctionDef)):
         m = _function(source, f, comments, c.name)
         if f.name == '__init__': s.signature,s.rows = m.signature,m.rows
         elif f.name.startswith('_') and f.name != '__call__': continue
-        elif m.kind == 'property': s.attributes.append(dict(name=f.name, type=_text(f.returns), default='', what=m.doc or m.rows[-1]['what'] if m.rows else m.doc))
+        elif m.kind == 'property':
+            what = m.doc or (m.rows[-1]['what'] if m.rows else '')
+            s.attributes.append(dict(name=f.name, type=_text(f.returns), default='', what=what))
         elif m.doc or any(r['what'] for r in m.rows): s.methods.append(m)
     return s
+
+def _owner(f): # the class to which a function definition adds a method; '' for none
+    return _text(f.args.args[0].annotation) if any(_text(d).startswith('patch') for d in f.decorator_list) else ''
+
+def _names(n): # to which an assignment gives values
+    targets = n.targets if isinstance(n, ast.Assign) else [n.target]
+    single = [t for x in targets for t in (x.elts if isinstance(x, ast.Tuple) else [x])]
+    return [t.id for t in single if isinstance(t, ast.Name)]
 
 def exported(source:str # Of a cell with `#| export`
             )->list: # `Symbol`s, in order
@@ -174,21 +208,26 @@ def exported(source:str # Of a cell with `#| export`
     tree,comments,found = ast.parse(source),_comments(source),[]
     for n in tree.body:
         if isinstance(n, ast.ClassDef): found.append(_class(source, n, comments))
-        elif isinstance(n, ast.FunctionDef):
-            patched = any(_text(d).startswith('patch') for d in n.decorator_list)
-            found.append(_function(source, n, comments, _text(n.args.args[0].annotation) if patched else ''))
+        elif isinstance(n, ast.FunctionDef): found.append(_function(source, n, comments, _owner(n)))
         elif isinstance(n, (ast.Assign, ast.AnnAssign)):
-            targets = [t for x in getattr(n, 'targets', None) or [n.target] for t in (x.elts if isinstance(x, ast.Tuple) else [x])]
-            found += [Symbol(t.id, 'value', doc=comments.get(n.end_lineno,'')) for t in targets if isinstance(t, ast.Name)]
+            found += [Symbol(name, 'value', doc=comments.get(n.end_lineno, '')) for name in _names(n)]
     return [s for s in found if not s.name.split('.')[-1].startswith('_') or s.name.endswith('.__call__')]
 
 # %% ../nbs/07a_site.ipynb #e61788c6
 TORCH = 'https://docs.pytorch.org/docs/stable/' # Where torch's documentation is
-TORCH_PAGES = {n: f'generated/torch.{n}.html' for n in ('autograd.grad','compile','einsum','kron','load','nn.BatchNorm2d','nn.Conv2d','nn.DataParallel','nn.Linear','nn.Module','nn.ReLU','no_grad','save')} | {
-    'Tensor': 'tensors.html#torch.Tensor', 'inference_mode': 'generated/torch.autograd.grad_mode.inference_mode.html', 'autocast': 'amp.html#torch.autocast',
+TORCH_PAGES = {n: f'generated/torch.{n}.html' for n in (
+    'autograd.grad','compile','einsum','kron','load','nn.BatchNorm2d','nn.Conv2d','nn.DataParallel','nn.Linear',
+    'nn.Module','nn.ReLU','no_grad','save')} | {
+    'Tensor': 'tensors.html#torch.Tensor',
+    'inference_mode': 'generated/torch.autograd.grad_mode.inference_mode.html',
+    'autocast': 'amp.html#torch.autocast',
     'nn.parallel.DistributedDataParallel': 'generated/torch.nn.parallel.DistributedDataParallel.html',
-    'utils.data.DataLoader': 'data.html#torch.utils.data.DataLoader', 'utils.data.Dataset': 'data.html#torch.utils.data.Dataset'} # The names that the notebooks speak of, without 'torch.'
-_SHORT = {n.split('.')[-1]: n for n in ('nn.parallel.DistributedDataParallel','nn.DataParallel','utils.data.DataLoader','utils.data.Dataset','no_grad','inference_mode')}
+    'utils.data.DataLoader': 'data.html#torch.utils.data.DataLoader',
+    'utils.data.Dataset': 'data.html#torch.utils.data.Dataset',
+} # The names that the notebooks speak of, without 'torch.'
+_SHORT = {n.split('.')[-1]: n for n in (
+    'nn.parallel.DistributedDataParallel','nn.DataParallel','utils.data.DataLoader','utils.data.Dataset',
+    'no_grad','inference_mode')} # those that are known by their last part
 
 @dataclass(eq=False)
 class Site:
@@ -218,7 +257,8 @@ class Site:
         modules = [p for p in self.pages if m[1] == f"{self.cfg['lib_path']}.{p.module}" and p is not page]
         if modules: return modules[0].file
         torch = re.sub(r'^torch\.', '', _SHORT.get(name, name))
-        return TORCH + TORCH_PAGES[torch] if torch in TORCH_PAGES and (name in _SHORT or name.startswith(('torch.','nn.'))) else None
+        meant = name in _SHORT or name.startswith(('torch.','nn.'))
+        return TORCH + TORCH_PAGES[torch] if meant and torch in TORCH_PAGES else None
 
 # %% ../nbs/07a_site.ipynb #86969933
 def slug(text:str # A heading, or the fragment of a link to one
@@ -238,7 +278,8 @@ def formula(tex:str, # LaTeX
     tex = re.sub(r'\\arg\b', r'\\operatorname{arg}', tex) # which latex2mathml doesn't know
     math = convert(tex, display='block' if display else 'inline')
     if display: return f'<span class="formula">{math}</span>'
-    return f'<span class="long">{math}</span>' if len(plain(math)) > 24 else math # browsers do not break a formula at the end of a line
+    # browsers do not break a formula at the end of a line
+    return f'<span class="long">{math}</span>' if len(plain(math)) > 24 else math
 
 def coloured(code:str, language:str='python')->str:
     "Code with its kinds of words marked for the style sheet"
@@ -257,7 +298,8 @@ def _parse_callout(block, m, state):
     kind = re.search(r'\.callout-(\w+)', m['callout_kind'])
     child = state.child_state(m['callout_text'].strip('\n')+'\n')
     block.parse(child)
-    state.append_token(dict(type='callout', children=child.tokens, attrs=dict(kind=kind and kind[1], title=title and title[1])))
+    attrs = dict(kind=kind and kind[1], title=title and title[1])
+    state.append_token(dict(type='callout', children=child.tokens, attrs=attrs))
     return m.end()
 
 class _Renderer(IPythonRenderer):
@@ -271,14 +313,16 @@ class _Renderer(IPythonRenderer):
         id = self.page.unique(slug(plain(text)))
         self.level,self.last = level,plain(text)
         if level in (2,3): self.page.toc.append(dict(level=level, id=id, html=re.sub(r'</?a\b[^>]*>', '', text)))
-        return f'<h{level} id="{id}">{text}<a class="anchor" href="#{id}" tabindex="-1" aria-hidden="true">#</a></h{level}>\n'
+        anchor = f'<a class="anchor" href="#{id}" tabindex="-1" aria-hidden="true">#</a>'
+        return f'<h{level} id="{id}">{text}{anchor}</h{level}>\n'
 
     def codespan(self, text):
         url = self.site.url(text, self.page)
         code = f'<code>{html.escape(text, quote=False)}</code>'
         return f'<a href="{url}">{code}</a>' if url else code
 
-    def text(self, text): return re.sub(r'(?<=\d) (?=%)', '\N{NO-BREAK SPACE}', super().text(text)) # 93 % stays together
+    def text(self, text): # 93 % stays together
+        return re.sub(r'(?<=\d) (?=%)', '\N{NO-BREAK SPACE}', super().text(text))
 
     def link(self, text, url, title=None):
         text = re.sub(r'</?a\b[^>]*>', '', text) # a link in a link: the outer one counts
@@ -304,7 +348,8 @@ class _Renderer(IPythonRenderer):
     def picture(self, url): # as it is from one page of the site to another; `build_site` copies it
         if urlsplit(url).scheme or url.startswith('/'): return url
         path = self.page.from_top(unquote(url))
-        if not path.startswith('../'): self.site.images.add(path) # others are not ours to copy; `check_site` will find them
+        # what lies outside is not ours to copy; `check_site` will find it
+        if not path.startswith('../'): self.site.images.add(path)
         return quote(path)
 
     def block_html(self, html): return super().block_html(self.moved(html))
@@ -329,7 +374,8 @@ class _Renderer(IPythonRenderer):
 
     def callout(self, text, kind, title):
         if not kind: return text # another div of Quarto's: what is in it counts
-        return f'<aside class="callout {kind}"><p class="label">{html.escape(title or kind.capitalize())}</p>\n{text}</aside>\n'
+        label = html.escape(title or kind.capitalize())
+        return f'<aside class="callout {kind}"><p class="label">{label}</p>\n{text}</aside>\n'
 
     def table(self, text): return f'<div class="scroll"><table>\n{text}</table></div>\n'
 
@@ -353,7 +399,8 @@ def alt_text(given:dict, # The cell's `directives`
     text = re.sub(r'```.*?```|^#.*$|^\|.*$', '', prose, flags=re.S|re.M).strip().split('\n\n')[-1] # the last paragraph
     text = re.sub(r'[`*$]|\[(?=[^\]]*\]\()|\]\([^)]*\)', '', text).replace('\n', ' ')
     last = re.split(r'(?<=[.?!]) (?=[A-Z])', text)[-1].strip()
-    says = last.endswith(':') or not what or drawn and drawn[-1].startswith('show') # a function that shows whatever it is given says little
+    vague = drawn and drawn[-1].startswith('show') # a function that shows whatever it is given says little
+    says = last.endswith(':') or not what or vague
     if not says or len(last) > 240 or re.search(r'[\\^{}_]', last): last = '' # formulas are no text
     parts = [re.sub(r'\s+', ' ', p).strip(' :.') for p in (heading, what, last)]
     return ' '.join(p if p[-1] in '?!' else p+'.' for p in dict.fromkeys(parts) if p)
@@ -364,7 +411,8 @@ _DRAWN = ('image/png','text/html','text/plain') # the first that an output has
 def _outputs(c, page, folder, alt, caption):
     texts,shown = [],[]
     def flush():
-        text = '\n'.join(l.rsplit('\r', 1)[-1] for l in ''.join(texts).strip('\n').split('\n')) # of a progress bar, its last state
+        lines = ''.join(texts).strip('\n').split('\n')
+        text = '\n'.join(line.rsplit('\r', 1)[-1] for line in lines) # of a progress bar, its last state
         if text.strip(): shown.append(dict(text=ansi2html(text)))
         texts.clear()
     figures = [o for o in c.outputs if 'image/png' in o.get('data', {})]
@@ -381,8 +429,10 @@ def _outputs(c, page, folder, alt, caption):
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(base64.b64decode(o.data[kind]))
             w,h = size(path)
-            w = o.metadata.get(kind, {}).get('width', w)
-            shown.append(dict(figure=f'figures/{path.name}', alt=alt + (f' Figure {k+1} of {len(figures)}.' if len(figures) > 1 else ''), width=w, height=round(h*w/size(path)[0]), caption=caption))
+            width = o.metadata.get(kind, {}).get('width', w)
+            which = f' Figure {k+1} of {len(figures)}.' if len(figures) > 1 else ''
+            shown.append(dict(figure=f'figures/{path.name}', alt=alt+which, width=width, height=round(h*width/w),
+                              caption=caption))
         elif kind == 'text/html': shown.append(dict(html=o.data[kind]))
         elif kind: shown.append(dict(text=ansi2html(o.data[kind])))
     flush()
@@ -393,8 +443,12 @@ def _documented(s, r): # a symbol as the template wants it
     rows = lambda rs: [{**x, 'what': inline(x['what'])} for x in rs]
     cfg,line = r.site.cfg, r.site.lines.get(f'{s.page.module}.{s.name}')
     source = line and f"{cfg['git_url']}/blob/{cfg['branch']}/{cfg['lib_path']}/{s.page.module}.py#L{line}"
-    return dict(id=s.id, name=s.name, kind=s.kind, source=source, signature=s.signature and coloured(s.signature), doc=r.markdown(s.doc) if s.doc else '',
+    signature = s.signature and coloured(s.signature)
+    doc = r.markdown(s.doc) if s.doc else ''
+    return dict(id=s.id, name=s.name, kind=s.kind, source=source, signature=signature, doc=doc,
                 rows=rows(s.rows), attributes=rows(s.attributes), methods=[_documented(m, r) for m in s.methods])
+
+def _only_imports(code): return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body)
 
 def _blocks(site, page, folder, code_html): # the page's cells as HTML, with its figures written
     r = _Renderer(site, page)
@@ -412,35 +466,46 @@ def _blocks(site, page, folder, code_html): # the page's cells as HTML, with its
         symbols = page.symbols.get(c.id, [])
         values = [s.id for s in symbols if s.kind == 'value']
         spoken = [s for s in symbols if s.kind != 'value']
-        if 'export' in given and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(code).body): continue
+        if 'export' in given and _only_imports(code): continue
         for s in spoken: page.toc.append(dict(level=3 if r.level > 1 else 2, id=s.id, html=f'<code>{s.name}</code>'))
-        fold = 'Source' if spoken else 'Code' if given.get('code-fold') in ('true','show') else 'Helpers' if 'export' in given and not values else ''
+        if spoken: fold = 'Source'
+        elif given.get('code-fold') in ('true','show'): fold = 'Code'
+        else: fold = 'Helpers' if 'export' in given and not values else ''
         alt = alt_text(given, code, r.last, prose, docs)
-        shown = [] if given.get('output') == 'false' else _outputs(c, page, folder, alt, given.get('fig-cap', '').strip('"'))
-        blocks.append(code_html(dict(symbols=[_documented(s, r) for s in spoken], level=min(r.level+1, 5), ids=values, fold=fold, outputs=shown,
-                                     code='' if given.get('echo') == 'false' else coloured(code), flags=[f for f in given if f in flags])))
+        caption = given.get('fig-cap', '').strip('"')
+        shown = [] if given.get('output') == 'false' else _outputs(c, page, folder, alt, caption)
+        blocks.append(code_html(dict(
+            symbols=[_documented(s, r) for s in spoken], level=min(r.level+1, 5), ids=values, outputs=shown, fold=fold,
+            code='' if given.get('echo') == 'false' else coloured(code), flags=[f for f in given if f in flags])))
         if any('figure' in o for o in shown): prose = '' # it was about this one
     return blocks
 
 # %% ../nbs/07a_site.ipynb #c7753393
-ASSETS = files('cifar_gradcam')/'assets' # Folder of the templates, the style sheet and the script
+def _landing(page, r): # what the first screen shows; it is taken out of the cells
+    cell = next((c for c in page.cells if c.cell_type == 'markdown' and c.source.strip()), None)
+    if cell is None: raise ValueError(f"'{page.path}' has no text below its title; the first page needs some")
+    badge,picture = r'\[!\[([^\]]*)\]\([^)]*\)\]\(([^)]*)\)', r'!\[([^\]]*)\]\(([^):]*)\)'
+    links = [(name[:1].upper()+name[1:], address) for name,address in re.findall(badge, cell.source)]
+    text = re.sub(badge, '', cell.source)
+    image = re.search(picture, text)
+    if image:
+        w,h = size(page.path.parent/image[2])
+        url = r.picture(image[2])
+        text = text.replace(image[0], '')
+    prose = '\n'.join(c.source for c in page.cells if c.cell_type == 'markdown')
+    command = re.search(r'^```sh\n(.*?)\n```$', prose, re.S|re.M)
+    cell.source = ''
+    return dict(lead=r.markdown(text), links=links, command=command and coloured(command[1], 'sh'),
+                image=image and dict(alt=image[1], url=url, width=w, height=h))
 
-def _source_lines(folder): # {'module.name': line} for all that the modules define
-    lines = {}
-    for path in Path(folder).glob('*.py'):
-        source = path.read_text(encoding='utf-8')
-        for n in ast.parse(source).body:
-            if not isinstance(n, (ast.ClassDef, ast.FunctionDef)): continue
-            owner = next((_text(n.args.args[0].annotation)+'.' for d in n.decorator_list if _text(d).startswith('patch')), '')
-            lines[f'{path.stem}.{owner}{n.name}'] = n.lineno
-            for f in n.body if isinstance(n, ast.ClassDef) else []:
-                if isinstance(f, ast.FunctionDef): lines[f'{path.stem}.{n.name}.{f.name}'] = f.lineno
-    return lines
-
+# %% ../nbs/07a_site.ipynb #549bf907
 def _said(markup): # text and code of a piece of a page, for the search
     code = re.compile(r'<div class="highlight">.*?</div>|<pre.*?</pre>', re.S)
-    prose = re.sub(r'<summary>.*?</summary>|<caption.*?</caption>|<thead>.*?</thead>', ' ', code.sub(' ', markup), flags=re.S)
-    prose = re.sub(r'<math.*?</math>', lambda m: plain(m[0]) if len(plain(m[0])) < 8 else '…', prose, flags=re.S) # a long formula is no text
+    labels = re.compile(r'<summary>.*?</summary>|<caption.*?</caption>|<thead>.*?</thead>', re.S)
+    def short(m): # a long formula is no text
+        text = plain(m[0])
+        return text if len(text) < 8 else '…'
+    prose = re.sub(r'<math.*?</math>', short, labels.sub(' ', code.sub(' ', markup)), flags=re.S)
     return plain(re.sub(r'(?=</(?:p|li|t[dh])>)', ' ', prose)), plain(' '.join(code.findall(markup)))
 
 def _sections(page, blocks): # what the search finds on a page: what stands below each heading, and each symbol
@@ -450,27 +515,69 @@ def _sections(page, blocks): # what the search finds on a page: what stands belo
         here = below
         for part in re.split(r'(?=<h[1-6] id=")', block):
             if head := re.match(r'<h[1-6] id="([^"]*)">(.*?)</h[1-6]>', part, re.S):
-                here = dict(title=page.title, heading=plain(re.sub(r'<(a|span) class="(?:anchor|source|kind)".*?</\1>', '', head[2])), url=f'{page.file}#{head[1]}', text='', code='')
+                heading = plain(re.sub(r'<(a|span) class="(?:anchor|source|kind)".*?</\1>', '', head[2]))
+                here = dict(title=page.title, heading=heading, url=f'{page.file}#{head[1]}', text='', code='')
                 found.append(here)
                 if 'class="kind"' not in head[2]: below = here # a symbol's part ends with its cell
-            for k,v in zip(('text','code'), _said(part[head.end():] if head else part)): here[k] = f'{here[k]} {v}'.strip()
+            text,code = _said(part[head.end():] if head else part)
+            here['text'] = f"{here['text']} {text}".strip()
+            here['code'] = f"{here['code']} {code}".strip()
     return found
 
-def _landing(page, r): # what the first screen shows; it is taken out of the cells
-    cell = next((c for c in page.cells if c.cell_type == 'markdown' and c.source.strip()), None)
-    if cell is None: raise ValueError(f"'{page.path}' has no text below its title; the first page needs some")
-    badge,picture = r'\[!\[([^\]]*)\]\([^)]*\)\]\(([^)]*)\)', r'!\[([^\]]*)\]\(([^):]*)\)'
-    links = re.findall(badge, cell.source)
-    text = re.sub(badge, '', cell.source)
-    image = re.search(picture, text)
-    if image:
-        w,h = size(page.path.parent/image[2])
-        url = r.picture(image[2])
-        text = text.replace(image[0], '')
-    command = re.search(r'^```sh\n(.*?)\n```$', '\n'.join(c.source for c in page.cells if c.cell_type == 'markdown'), re.S|re.M)
-    cell.source = ''
-    return dict(lead=r.markdown(text), links=[(a[:1].upper()+a[1:], u) for a,u in links], command=command and coloured(command[1], 'sh'),
-                image=image and dict(alt=image[1], url=url, width=w, height=h))
+# %% ../nbs/07a_site.ipynb #c7d789a4
+def _source_lines(folder): # {'module.name': line} for all that the modules define
+    lines = {}
+    for path in Path(folder).glob('*.py'):
+        for n in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(n, ast.FunctionDef):
+                owner = _owner(n)
+                lines[f'{path.stem}.{owner}.{n.name}' if owner else f'{path.stem}.{n.name}'] = n.lineno
+            if isinstance(n, ast.ClassDef):
+                lines[f'{path.stem}.{n.name}'] = n.lineno
+                methods = [f for f in n.body if isinstance(f, ast.FunctionDef)]
+                lines.update({f'{path.stem}.{n.name}.{f.name}': f.lineno for f in methods})
+    return lines
+
+def _read_pages(nbs): # `Page`s of the notebooks in a folder, in reading order
+    pages = []
+    for section,path in reading_order(nbs):
+        pages.append(read_page(path))
+        pages[-1].section,pages[-1].folder = section,path.parent.relative_to(nbs).as_posix()
+    if not pages or pages[0].source != 'index.ipynb':
+        raise FileNotFoundError(f"no index.ipynb at the head of '{nbs}', of which the first page is made")
+    for p in pages:
+        twin = next(q for q in pages if q.file == p.file)
+        if twin is not p:
+            raise ValueError(f"'{twin.source}' and '{p.source}' would both become '{p.file}'; rename one of them")
+    return pages
+
+def _heads(page): # ids of its headings
+    prose = [re.sub(r'```.*?```', '', c.source, flags=re.S) for c in page.cells if c.cell_type == 'markdown']
+    return [slug(line.lstrip('#')) for text in prose for line in text.splitlines() if line.startswith('#')]
+
+def _add_symbols(site, page): # what its cells export
+    heads = _heads(page)
+    page.ids.update(heads) # headings come first: people link to them
+    for c in page.cells:
+        given,code = directives(c.source) if c.cell_type == 'code' else ({},'')
+        if 'export' not in given: continue
+        page.symbols[c.id] = exported(code)
+        for s in page.symbols[c.id]:
+            for x in (s, *s.methods): x.page,x.id = page,page.unique(x.name.lower())
+            site.add(s)
+    page.ids.difference_update(heads)
+
+# %% ../nbs/07a_site.ipynb #7f0d2d3e
+ASSETS = files('cifar_gradcam')/'assets' # Folder of the templates, the style sheet and the script
+
+def _make_room(out): # an empty folder
+    if out.exists():
+        ours = (out/'search.js').exists()
+        if any(out.iterdir()) and not ours:
+            raise ValueError(f"'{out}' holds something that is no site of ours; choose another folder, or empty it")
+        shutil.rmtree(out)
+    (out/'notebooks').mkdir(parents=True)
+    (out/'search.js').touch() # so that the next build may replace this one, also if it is broken off
 
 def _copied(path, to): # and the folder made
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -483,66 +590,50 @@ def build_site(root='.', # Folder of settings.ini
     root = Path(root)
     cfg = settings(root)
     nbs,out = root/cfg['nbs_path'], Path(out or root/cfg['doc_path'])
-    pages = []
-    for section,path in reading_order(nbs):
-        pages.append(read_page(path))
-        pages[-1].section,pages[-1].folder = section,path.parent.relative_to(nbs).as_posix()
-    if not pages or pages[0].source != 'index.ipynb':
-        raise FileNotFoundError(f"no index.ipynb at the head of '{nbs}', of which the first page is made")
-    for p in pages:
-        twin = next(q for q in pages if q.file == p.file)
-        if twin is not p:
-            raise ValueError(f"'{twin.source}' and '{p.source}' would both become '{p.file}'; rename one of them")
-    if out.exists():
-        if any(out.iterdir()) and not (out/'search.js').exists(): raise ValueError(f"'{out}' holds something that is no site of ours; choose another folder, or empty it")
-        shutil.rmtree(out)
-    (out/'notebooks').mkdir(parents=True)
-    (out/'search.js').touch() # so that the next build may replace this one, also if it is broken off
-
+    pages = _read_pages(nbs)
+    _make_room(out)
     site = Site(pages, cfg, _source_lines(root/cfg['lib_path']))
-    for p in pages:
-        heads = [slug(l.lstrip('#')) for c in p.cells if c.cell_type == 'markdown' for l in re.sub(r'```.*?```', '', c.source, flags=re.S).splitlines() if l.startswith('#')]
-        p.ids.update(heads) # headings come first: people link to them
-        for c in p.cells:
-            if c.cell_type != 'code' or 'export' not in directives(c.source)[0]: continue
-            p.symbols[c.id] = exported(directives(c.source)[1])
-            for s in p.symbols[c.id]:
-                for x in (s, *s.methods): x.page,x.id = p,p.unique(x.name.lower())
-                site.add(s)
-        p.ids.difference_update(heads)
+    for p in pages: _add_symbols(site, p)
 
     env = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     code,template = env.get_template('cells.html').module.code, env.get_template('page.html')
     sections = [(s,list(ps)) for s,ps in groupby(pages, key=lambda p: p.section)]
-    index,colab = [],'https://colab.research.google.com/github'
-    for i,p in enumerate(pages):
+    colab = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}"
+    index = []
+    for p,before,after in zip(pages, [None,*pages], [*pages[1:],None]):
         r = _Renderer(site, p)
-        landing = _landing(p, r) if i == 0 else None
+        landing = _landing(p, r) if p is pages[0] else None
         summary = re.sub(r'^<p>|</p>\s*$', '', r.markdown(p.summary))
         blocks = _blocks(site, p, out, code)
         here = f"{cfg['nbs_path']}/{p.source}"
-        text = template.render(page=p, pages=pages, sections=sections, landing=landing, blocks=blocks, toc=p.toc, summary=plain(summary), summary_html=summary, project=cfg['title'],
-            module=p.module and f"{cfg['lib_path']}.{p.module}", before=pages[i-1] if i else None, after=pages[i+1] if i+1 < len(pages) else None, here=here,
-            notebook=f'notebooks/{p.source}', colab=f"{colab}/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{here}", cfg=cfg)
+        text = template.render(
+            cfg=cfg, project=cfg['title'], pages=pages, sections=sections, page=p, before=before, after=after,
+            module=p.module and f"{cfg['lib_path']}.{p.module}", summary=plain(summary), summary_html=summary,
+            landing=landing, blocks=blocks, toc=p.toc,
+            here=here, notebook=f'notebooks/{p.source}', colab=f'{colab}/{here}')
         (out/p.file).write_text(text, encoding='utf-8')
         _copied(p.path, out/'notebooks'/p.source) # in their folders, so that links between them lead on
         index += _sections(p, [f'<p>{summary}</p>', landing['lead'] if landing else '', *blocks])
     for name in site.images:
         if (nbs/name).is_file(): _copied(nbs/name, out/name)
     for name in ('style.css','script.js','icon.svg'): shutil.copy(ASSETS/name, out/name)
-    (out/'search.js').write_text('const SEARCH = '+json.dumps(index, ensure_ascii=False).replace('</', '<\\/')+'\n', encoding='utf-8')
+    found = json.dumps(index, ensure_ascii=False).replace('</', '<\\/')
+    (out/'search.js').write_text(f'const SEARCH = {found}\n', encoding='utf-8')
     (out/'.nojekyll').touch() # GitHub is to serve the files as they are
     return out
 
 # %% ../nbs/07a_site.ipynb #e666ab4a
-_VOID = {'area','base','br','col','embed','hr','img','input','link','meta','source','track','wbr'} # tags that are never closed
+# tags that are never closed, and those that load their `src`
+_VOID = {'area','base','br','col','embed','hr','img','input','link','meta','source','track','wbr'}
+_LOADING = {'img','script','iframe','source','video','audio'}
 _QUARTO = re.compile(r'^\s*(#\|.*|:{3,}.*)|(\{\{<.*|\{[.#][\w-]+[^}]*\})', re.M)
 
 class _Reader(HTMLParser): # what the check wants to know of a page
     def __init__(self, text):
         super().__init__()
-        self.stack,self.ids,self.links,self.loaded,self.images,self.empty,self.shown,self.prose,self.blocks,self.maths = [],[],[],[],[],0,[],[],[],[]
-        self.figures = [] # open ones: whether something is in them
+        self.stack,self.ids,self.links,self.loaded,self.images = [],[],[],[],[]
+        self.shown,self.prose,self.blocks,self.maths = [],[],[],[]
+        self.figures,self.empty = [],0 # open ones: whether something is in them; how many had nothing
         self.feed(text)
         self.close()
 
@@ -550,9 +641,11 @@ class _Reader(HTMLParser): # what the check wants to know of a page
         a = dict(attrs)
         if 'id' in a: self.ids.append(a['id'])
         if tag == 'a' and 'href' in a: self.links.append(a['href'])
-        if tag in ('img','script','iframe','source','video','audio') and a.get('src') is not None: self.loaded.append(a['src'])
+        if tag in _LOADING and a.get('src') is not None: self.loaded.append(a['src'])
         if tag == 'link' and a.get('rel') in ('stylesheet','icon','preload','preconnect'): self.loaded.append(a['href'])
-        if tag == 'img': self.images.append((a.get('src') or '', a.get('alt'), any(t == 'figure' for t,_ in self.stack)))
+        if tag == 'img':
+            in_figure = any(t == 'figure' for t,_ in self.stack)
+            self.images.append((a.get('src') or '', a.get('alt'), in_figure))
         if tag == 'figure': self.figures.append(False)
         elif tag in ('img','svg') and self.figures: self.figures[-1] = True
         if tag == 'pre': self.blocks.append('')
@@ -571,40 +664,62 @@ class _Reader(HTMLParser): # what the check wants to know of a page
         if 'math' in tags: self.maths.append(data)
         if source or 'code' in tags: return
         self.shown.append(data)
-        if not any('output' in c.split() for _,c in self.stack): self.prose.append(data) # what a program prints is its own affair
+        printed = any('output' in c.split() for _,c in self.stack)
+        if not printed: self.prose.append(data) # what a program prints is its own affair
+
+# %% ../nbs/07a_site.ipynb #0801cc50
+def _link_faults(folder, pages, name, url): # of a link on the page `name`
+    parts = urlsplit(url)
+    if parts.scheme or parts.netloc: return []
+    target = (folder/name).parent/unquote(parts.path) if parts.path else folder/name
+    if not target.is_file(): return [f"'{url}' leads nowhere"]
+    if not parts.fragment or target.suffix != '.html': return []
+    page = pages[target.resolve().relative_to(folder.resolve()).as_posix()]
+    return [] if unquote(parts.fragment) in page.ids else [f"'{url}' leads to a page without that anchor"]
 
 def _blank(path): # whether an image has one colour only
     with Image.open(path) as i: return all(low == high for low,high in i.convert('RGB').getextrema())
+
+def _image_faults(folder, name, r): # of the images on the page `name`, which `r` has read
+    faults = []
+    for src,alt,in_figure in r.images:
+        if alt is None or in_figure and not alt.strip(): faults.append(f"the image '{src[:60]}' has no alt text")
+        path = (folder/name).parent/unquote(src)
+        if in_figure and path.suffix == '.png' and path.is_file() and (not path.stat().st_size or _blank(path)):
+            faults.append(f"the figure '{src}' is empty")
+    if r.empty: faults.append(f'{r.empty} figure(s) with nothing in them')
+    return faults
+
+def _text_faults(r): # of what can be read on the page that `r` has read
+    faults = []
+    if 'Traceback (most recent call last)' in ''.join(r.shown): faults.append('shows a traceback')
+    meant = [m[0].strip() for m in _QUARTO.finditer(''.join(r.prose))]
+    meant += [block.splitlines()[0] for block in r.blocks if block.lstrip().startswith('#|')]
+    faults += [f"'{directive[:60]}' was meant for Quarto or nbdev" for directive in meant]
+    tex = [m.strip() for m in r.maths if '\\' in m and m.strip() != '\\']
+    return faults + [f"'{command[:60]}' in a formula was not understood" for command in tex]
 
 def check_site(folder # That `build_site` made
               )->list: # Problems, each a line that names the page; empty if there is none
     "Look for what a reader should not meet. Raises `FileNotFoundError` where there is no page"
     folder = Path(folder)
-    pages = {p.relative_to(folder).as_posix(): _Reader(p.read_text(encoding='utf-8')) for p in sorted(folder.rglob('*.html'))}
+    paths = sorted(folder.rglob('*.html'))
+    pages = {p.relative_to(folder).as_posix(): _Reader(p.read_text(encoding='utf-8')) for p in paths}
     if not pages: raise FileNotFoundError(f"no page in '{folder}': build the site first")
     problems = []
-    def follow(name, url):
-        parts = urlsplit(url)
-        if parts.scheme or parts.netloc: return
-        target = (folder/name).parent/unquote(parts.path) if parts.path else folder/name
-        if not target.is_file(): problems.append(f"{name}: '{url}' leads nowhere")
-        elif parts.fragment and target.suffix == '.html' and unquote(parts.fragment) not in pages[target.resolve().relative_to(folder.resolve()).as_posix()].ids:
-            problems.append(f"{name}: '{url}' leads to a page without that anchor")
     for name,r in pages.items():
-        for url in dict.fromkeys(u for u in r.links if u != '#'): follow(name, url)
+        faults = []
+        for url in dict.fromkeys(u for u in r.links if u != '#'): faults += _link_faults(folder, pages, name, url)
         for url in dict.fromkeys(r.loaded):
-            if urlsplit(url).scheme not in ('','data') or url.startswith('//'): problems.append(f"{name}: '{url}' is loaded from elsewhere")
-            elif not url.startswith('data:'): follow(name, url)
-        problems += [f"{name}: two places have the id '{i}'" for i in dict.fromkeys(i for i in r.ids if r.ids.count(i) > 1)]
-        for src,alt,figure in r.images:
-            if alt is None or figure and not alt.strip(): problems.append(f"{name}: the image '{src[:60]}' has no alt text")
-            if figure and (path := (folder/name).parent/unquote(src)).suffix == '.png' and path.is_file() and (not path.stat().st_size or _blank(path)):
-                problems.append(f"{name}: the figure '{src}' is empty")
-        if r.empty: problems.append(f"{name}: {r.empty} figure(s) with nothing in them")
-        if 'Traceback (most recent call last)' in ''.join(r.shown): problems.append(f"{name}: shows a traceback")
-        problems += [f"{name}: '{m[0].strip()[:60]}' was meant for Quarto or nbdev" for m in _QUARTO.finditer(''.join(r.prose))]
-        problems += [f"{name}: '{b.splitlines()[0][:60]}' was meant for Quarto or nbdev" for b in r.blocks if b.lstrip().startswith('#|')]
-        problems += [f"{name}: '{m.strip()[:60]}' in a formula was not understood" for m in r.maths if '\\' in m and m.strip() != '\\']
+            elsewhere = urlsplit(url).scheme not in ('','data') or url.startswith('//')
+            if elsewhere: faults.append(f"'{url}' is loaded from elsewhere")
+            elif not url.startswith('data:'): faults += _link_faults(folder, pages, name, url)
+        twice = dict.fromkeys(i for i in r.ids if r.ids.count(i) > 1)
+        faults += [f"two places have the id '{i}'" for i in twice]
+        faults += _image_faults(folder, name, r) + _text_faults(r)
+        problems += [f'{name}: {fault}' for fault in faults]
     if (path := folder/'search.js').exists():
-        for s in json.loads(path.read_text(encoding='utf-8').removeprefix('const SEARCH = ')): follow('search.js', s['url'])
+        index = json.loads(path.read_text(encoding='utf-8').removeprefix('const SEARCH = '))
+        for section in index:
+            problems += [f'search.js: {fault}' for fault in _link_faults(folder, pages, 'search.js', section['url'])]
     return problems
