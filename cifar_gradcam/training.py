@@ -91,7 +91,8 @@ RECIPES = {r.name: r for r in (
            label_smoothing=.1),
     Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1,
            ema=.998, augmentations=('HorizontalFlip','RandomCrop','CoarseDropout')),
-    Recipe('shapes', sizes=(16,24,32), lr=.05, batch_size=32, augmentations=('HorizontalFlip',)),
+    Recipe('shapes', sizes=(16,24,32), epochs=(.5,.23,.1), lr=.03, muon_lr=.2, bias_lr=4., batch_size=64,
+           augmentations=()),
 )}
 
 # %% ../nbs/03_training.ipynb #a6fd9d64
@@ -504,8 +505,9 @@ def _leave_if_asked(self:Trainer): # in all processes at the same place
     if self.world > 1: # the largest of all processes' signals, 0 where there was none
         asked = torch.tensor(self.stop or 0, device=self.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.stop = asked.item() or None
-        if self.stop: raise Stopped
+        if agreed := asked.item(): # a signal that came while this process waited counts in the next round
+            self.stop = agreed
+            raise Stopped
     self._free()
 
 @patch
