@@ -91,7 +91,7 @@ RECIPES = {r.name: r for r in (
            label_smoothing=.1),
     Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1,
            ema=.998, augmentations=('HorizontalFlip','RandomCrop','CoarseDropout')),
-    Recipe('shapes', sizes=(16,24,32), epochs=(.5,.23,.1), lr=.03, muon_lr=.2, bias_lr=4., batch_size=64,
+    Recipe('shapes', sizes=(16,24,32), epochs=(.85,.3,.13), lr=.03, muon_lr=.2, bias_lr=4., batch_size=64,
            augmentations=()),
 )}
 
