@@ -6,7 +6,7 @@
 __all__ = ['CMAP', 'SIGNED', 'Table', 'html_image', 'ProgressLines', 'progress_bar', 'eval_mode']
 
 # %% ../nbs/00_basics.ipynb #ba51c004
-import base64, html, os, sys, time
+import base64, ctypes, html, os, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
@@ -21,6 +21,8 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 if 'IN_TEST' in os.environ:
     torch.set_num_threads(1)
     os.environ['OMP_NUM_THREADS'] = '1' # for the processes that a test starts
+    give_back = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if give_back: give_back(-1, 2**20) # M_TRIM_THRESHOLD, bytes
 
 # %% ../nbs/00_basics.ipynb #bff125e5
 @dataclass(frozen=True)
