@@ -6,7 +6,7 @@
 __all__ = ['as_heatmaps', 'CAMResult', 'colorize', 'overlay']
 
 # %% ../nbs/04d_result.ipynb #1d9e0004
-import html, json
+import html, json, os
 from dataclasses import dataclass, replace
 
 import cv2
@@ -28,6 +28,17 @@ def as_heatmaps(maps:torch.Tensor # (N, H, W), signed
     positive = maps.clamp(min=0)
     top = positive.amax((1,2), keepdim=True)
     return torch.where(top > 0, positive/top.clamp(min=torch.finfo(positive.dtype).tiny), 0.)
+
+# %% ../nbs/04d_result.ipynb #1d9e0021
+def _positions(n, idx): # of n things, those that `idx` means, as a slice or int64 (k,). Raises as a list would
+    if isinstance(idx, torch.Tensor): idx = idx.detach().cpu().numpy()
+    if idx is None or idx is Ellipsis or isinstance(idx, (bool,str,tuple)):
+        raise TypeError(f"maps go by ints, slices, lists, arrays or masks, not by {type(idx).__name__}")
+    if isinstance(idx, slice) and (idx.step is None or idx.step > 0): return idx # of a tensor that is a view
+    try: which = np.arange(n)[idx]
+    except IndexError as e: raise IndexError(f"of {n} maps: {e}") from None
+    if which.ndim > 1: raise IndexError(f"maps go by one axis, and {np.shape(idx)} has more")
+    return torch.as_tensor(np.atleast_1d(which).copy())
 
 # %% ../nbs/04d_result.ipynb #72d859dd
 @dataclass(frozen=True, eq=False)
@@ -70,22 +81,34 @@ class CAMResult:
 
     def __len__(self): return len(self.raw)
 
-    def __getitem__(self, idx): # the maps at `idx`: an int, a slice, indices or a boolean mask
-        if isinstance(idx, int): idx = slice(idx, idx+1 or None)
-        raw,logits = self.raw[idx],self.logits[idx]
-        return replace(self, raw=raw, logits=logits, target=None if self.target is None else self.target[idx])
+    def __getitem__(self, idx # As of a list or an array: an int, a slice, ints, or a mask of bools
+                   ): # A result of these maps; of one, where `idx` is an int
+        which = _positions(len(self), idx)
+        target = None if self.target is None else self.target[which]
+        return replace(self, raw=self.raw[which], logits=self.logits[which], target=target)
+
+    def __iter__(self): return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(f"a result of {len(self)} maps is no array: take .heatmaps, .raw or .logits of it")
 
     def __repr__(self):
         n,h,w = self.raw.shape
         status = self.status
-        count = ', '.join(f'{status.count(s):,} {s}' for s in dict.fromkeys(status))
+        count = ', '.join(f'{status.count(s):,} {s}' for s in dict.fromkeys(status)) or 'none'
         of = f"{self.method} at {self.layer!r} for images of {self.size[0]} x {self.size[1]}"
         return f"{n:,} maps of {h} x {w}, {of}: {count}"
 
     @classmethod
     def cat(cls, results # Results of the same method and layer, in order
            ): # One result
-        "Put batches together"
+        "Put batches together. Raises `ValueError` for none, or for maps that are not alike"
+        results = list(results)
+        if not results: raise ValueError("there is no result to put together")
+        kinds = {(r.method, r.layer, r.size, r.raw.shape[1:], r.target is None) for r in results}
+        if len(kinds) > 1:
+            said = ' and '.join(sorted({f"{m} at {layer!r} of {h} x {w}" for m,layer,(h,w),_,_ in kinds}))
+            raise ValueError(f"results of one method, layer, target and size of images can be put together, not {said}")
         one = results[0]
         return replace(one, raw=torch.cat([r.raw for r in results]), logits=torch.cat([r.logits for r in results]),
                        target=None if one.target is None else torch.cat([r.target for r in results]))
@@ -116,22 +139,38 @@ def colorize(heatmap:np.ndarray # (..., H, W) in [0, 1]
     "A heat map in colours"
     return matplotlib.colormaps[CMAP](np.asarray(heatmap), bytes=True)[...,:3]
 
+def _picture(image): # an overlay's first argument, checked
+    if isinstance(image, (str,os.PathLike)):
+        raise TypeError(f"image must be a uint8 array (H, W, 3), got the path '{image}': give read_image of it")
+    if isinstance(image, torch.Tensor) and image.is_floating_point():
+        raise TypeError("image must be a uint8 array (H, W, 3), got a tensor as a network takes it: "
+                        "give the picture that it was made from")
+    image = np.asarray(image)
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3: return image
+    raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+
+def _heatmap(heatmap): # its second one
+    if isinstance(heatmap, CAMResult):
+        raise TypeError(f"heatmap must be (H, W), got a result of {len(heatmap)} maps: say which one, .heatmaps[0]")
+    if isinstance(heatmap, (str,os.PathLike)): raise TypeError(f"heatmap must be (H, W), got the path '{heatmap}'")
+    if isinstance(heatmap, torch.Tensor): heatmap = heatmap.detach().float().cpu()
+    heatmap = np.asarray(heatmap, dtype=np.float32)
+    if heatmap.ndim != 2 or not heatmap.size: raise ValueError(f"heatmap must be (H, W), got {heatmap.shape}")
+    if 0 <= heatmap.min() and heatmap.max() <= 1: return heatmap
+    raise ValueError(f"heatmap must lie in [0, 1], got {heatmap.min():.3g}..{heatmap.max():.3g}; "
+                     "of a result that is .heatmaps, not .raw")
+
 def overlay(image:np.ndarray, # uint8 (H, W, 3), of any size
             heatmap, # (h, w) in [0, 1], array or tensor; resized to the image where its size differs
             alpha:float=.3, # Share of the heat map, 0..1
            )->np.ndarray: # uint8 (H, W, 3)
-    "The heat map's colours mixed into the image; the image keeps its brightness"
-    if isinstance(heatmap, torch.Tensor): heatmap = heatmap.detach().cpu()
-    image,heatmap = np.asarray(image),np.asarray(heatmap, dtype=np.float32)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    if heatmap.ndim != 2: raise ValueError(f"heatmap must be (H, W), got {heatmap.shape}")
-    if not (0 <= heatmap.min() and heatmap.max() <= 1):
-        raise ValueError(f"heatmap must lie in [0, 1], got {heatmap.min():.3g}..{heatmap.max():.3g}")
+    """The heat map's colours mixed into the image; the image keeps its brightness.
+    Raises `TypeError` or `ValueError` for what is no picture or no heat map"""
+    image,heatmap = _picture(image),_heatmap(heatmap)
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in 0..1, got {alpha}")
     if heatmap.shape != image.shape[:2]:
         heatmap = cv2.resize(heatmap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0,1)
-    return np.round((1-alpha)*image + alpha*colorize(heatmap)).astype(np.uint8)
+    return cv2.addWeighted(image, 1-alpha, colorize(heatmap), alpha, 0) # rounded, and in 8 bits all the way
 
 # %% ../nbs/04d_result.ipynb #a1c40d22
 def _explains(result, k): # what map k is of, in words
@@ -145,7 +184,8 @@ def _repr_html_(self:CAMResult):
     positive = some.raw.cpu().nan_to_num(0,0,0).clamp(min=0)[:,None]
     h,w = positive.shape[2:]
     if max(h,w) > 64: # a notebook keeps what it shows, so no more than this
-        positive = F.interpolate(positive, scale_factor=64/max(h,w), mode='area')
+        small = [max(1, round(side*64/max(h,w))) for side in (h,w)]
+        positive = F.interpolate(positive, small, mode='area')
     figures = []
     for k,(m,status,heat) in enumerate(zip(some.raw, some.status, colorize(as_heatmaps(positive[:,0])))):
         says,top = _explains(some, k),''
