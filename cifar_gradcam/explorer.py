@@ -16,26 +16,35 @@ import torch
 from torch import nn
 
 from .analysis import Predictions, predictions
-from .basics import html_image, CMAP, SIGNED
+from .basics import html_image, input_for, CMAP, SIGNED
 from .data import ImageSet
-from .engine import forward, last_layer, undisturbed
-from .layers import find_layer, unwrapped
+from .engine import Hook, forward, last_layer, undisturbed
+from .layers import AsMap, ShapeError, find_layer, unwrapped
 from .methods import METHODS
 from .model import ModelInfo
+from .pictures import plain_text
 from .result import overlay
 from .targets import contrast
 from .transforms import test_transforms
 
 # %% ../nbs/05d_explorer.ipynb #f40bbf30
+class _Notes(Hook): # adds its layer's name to `found`, if it puts out a map larger than 1 x 1
+    def __init__(self, as_map, found): self.as_map,self.found = as_map,found
+
+    def see(self, module, args, out):
+        try: maps = self.as_map(out)
+        except ShapeError: return
+        if maps.shape[2:].numel() > 1: self.found[self.as_map.name] = True
+
 def stages(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-           images:torch.Tensor, # (N, C, H, W); the first one is tried
+           images:torch.Tensor, # (N, C, H, W); the first two are tried
           )->list: # Dotted names
     "The large parts of `model` that put out maps, in the order they run in; if none does, the last layer with a map"
-    model,found = unwrapped(model),{}
-    names = {m: name for name,m in model.named_children() if any(True for _ in m.children())}
-    def note(module, args, out):
-        if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2:].numel() > 1: found[names[module]] = True
-    with undisturbed(model): forward(model, images[:1], [(m, note) for m in names])
+    model,found,few = unwrapped(model),{},images[:2]
+    parts = [(name,m) for name,m in model.named_children()
+             if any(True for _ in m.children()) and not isinstance(m, torch.jit.ScriptModule)]
+    hooks = [(m, _Notes(AsMap(name, m, few.shape), found)) for name,m in parts]
+    with undisturbed(model): forward(model, few, hooks)
     return list(found) or [last_layer(model, images)]
 
 # %% ../nbs/05d_explorer.ipynb #wr2a0013
@@ -83,7 +92,7 @@ class Explorer:
         self._show()
         self._listen()
 
-    def _input(self, image): return self._tfm(image=image)['image'][None].to(next(self.model.parameters()).device)
+    def _input(self, image): return input_for(self.model, self._tfm(image=image)['image'][None])
 
     def _make_controls(self, w, layers): # with `ipywidgets` as w; the actual class is the one with most mistakes
         n = self.p.confusion.sum(1)
@@ -179,6 +188,7 @@ class Explorer:
         found = '; '.join(f'{name}: {say(m)}' for name,m in zip(names, maps))
         return f'{where}: {what}. {self.method.value} at {self.layer.value}{size}; {found}'
 
+    @plain_text()
     def figure(self): # The matplotlib figure
         "The picture that is on show"
         fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,2.9), layout='constrained',
