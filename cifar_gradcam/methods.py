@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'HiResCAM', 'LayerCAM', 'XGradCAM', 'GradCAMPlusPlus', 'SmoothGradCAMPlusPlus', 'FinerCAM', 'CAM',
-           'first_component', 'EigenCAM', 'EigenGradCAM', 'ScoreCAM', 'AblationCAM', 'guided_backprop', 'GuidedGradCAM']
+           'first_component', 'EigenCAM', 'EigenGradCAM', 'ManyPasses', 'ScoreCAM', 'AblationCAM', 'guided_backprop',
+           'GuidedGradCAM']
 
 # %% ../nbs/04f_methods.ipynb #bf8807ac
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .engine import CAMMethod, forward
 from .gradcam import GradCAM
@@ -106,10 +108,13 @@ class CAM(CAMMethod):
 # %% ../nbs/04f_methods.ipynb #184db815
 def first_component(a:torch.Tensor # (N, K, h, w)
                    )->torch.Tensor: # (N, h, w)
-    "Each place's K values, projected on the first right singular vector of all places; its sign makes the sum positive"
-    u,s,_ = torch.linalg.svd(a.flatten(2).transpose(1,2), full_matrices=False)
-    m = u[:,:,0]*s[:,:1]
-    return (m*torch.where(m.sum(1, keepdim=True) < 0, -1., 1.)).unflatten(1, a.shape[2:])
+    """Each place's K values, projected on the first right singular vector of all places; its sign makes the sum positive.
+    Of what is not finite, nan"""
+    finite = a.flatten(1).isfinite().all(1)
+    u,s,_ = torch.linalg.svd(a.where(finite[:,None,None,None], 0.).flatten(2).transpose(1,2), full_matrices=False)
+    m = (u[:,:,0]*s[:,:1]).unflatten(1, a.shape[2:])
+    m = m*torch.where(m.sum((1,2), keepdim=True) < 0, -1., 1.)
+    return m.where(finite[:,None,None], torch.nan)
 
 class EigenCAM(CAMMethod):
     r"""$A v_1$, with $v_1$ the first right singular vector of the activations, (places x channels)
@@ -118,42 +123,63 @@ class EigenCAM(CAMMethod):
     def map(self, seen): return first_component(seen.activations)
 
 class EigenGradCAM(CAMMethod):
-    r"`EigenCAM` of $g \odot A$, so that the class counts (as in pytorch-grad-cam, but without centring)"
-    def map(self, seen): return first_component(seen.gradients*seen.activations)
+    r"""`EigenCAM` of $g \odot A$, so that the class counts (as in pytorch-grad-cam, but without centring);
+    its sign is that of what raises the score, the sum of $g \odot A$ over the channels"""
+    def map(self, seen):
+        product = seen.gradients*seen.activations
+        m = first_component(product)
+        agrees = (m*product.sum(1)).sum((1,2), keepdim=True) >= 0
+        return m.where(agrees | m.isnan(), -m)
 
 # %% ../nbs/04f_methods.ipynb #950c544e
 def _minmax(m): # each map to 0..1; a flat one to 0
     lo,hi = m.amin((-2,-1), keepdim=True),m.amax((-2,-1), keepdim=True)
     return (m-lo)/(hi-lo).clamp(min=1e-8)
 
-class ScoreCAM(CAMMethod):
+def _at_once(size): # images (H, W) in one pass: as many as make half a million pixels, at most 128
+    return max(1, min(128, 2**19//(size[0]*size[1])))
+
+class ManyPasses(CAMMethod):
+    "A method that needs a pass for each channel of the layer"
+    uses_gradients = False
+
+    def __init__(self, model, layer=None, fuse='mean', reshape=None, call=None, # As in `CAMMethod`
+                 batch_size:int|None=None, # Images in one pass, at least 1; None: 128, fewer of more than 64 x 64 pixels
+                ):
+        super().__init__(model, layer, fuse, reshape, call)
+        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+
+    def channels_at_once(self, images # (N, C, H, W)
+                        )->int: # For so many channels there is room in one pass: of all images, so at least 1
+        return max(1, (self.batch_size or _at_once(images.shape[2:]))//len(images))
+
+class ScoreCAM(ManyPasses):
     r"""$\sum_k w_k A^k$ with $w = \mathrm{softmax}_k\, s(x \odot H^k)$, $H^k$ being $A^k$ enlarged and scaled to 0..1
     (Wang et al. 2020, arXiv 1910.01279). A pass for each channel"""
-    uses_gradients = False
     def map(self, seen):
         a,x = seen.activations,seen.images
         scores = []
-        for some in a.transpose(0,1).split(max(1, 128//len(x))): # (M, N, h, w): passes of about 128 images
+        for some in self.passes(a.transpose(0,1).split(self.channels_at_once(x))): # (M, N, h, w)
             masks = _minmax(F.interpolate(some, x.shape[2:], mode='bilinear', align_corners=False))
             scores.append(seen.scores(forward(seen.model, (masks[:,:,None]*x).flatten(0,1).to(x.dtype), ())))
         return (torch.cat(scores).softmax(0).T[:,:,None,None]*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #2bb3c8e7
-class AblationCAM(CAMMethod):
-    r"""$\sum_k \frac{s - s_k}{s} A^k$, with $s_k$ the score when channel $k$ is 0
-    (Desai & Ramaswamy 2020, WACV). A pass for each channel"""
-    uses_gradients = False
+class AblationCAM(ManyPasses):
+    r"""$\sum_k \frac{s - s_k}{|s|} A^k$, with $s_k$ the score when channel $k$ is 0
+    (Desai & Ramaswamy 2020, WACV; there $s$ is positive). A pass for each channel"""
     def map(self, seen):
         a = seen.activations
         n,k = a.shape[:2]
-        step = max(1, 128//n)
+        step = self.channels_at_once(seen.images)
         whole = seen.scores(seen.resume(a))
         left = []
-        for start in range(0, k, step):
+        for start in self.passes(range(0, k, step)):
             off = a.repeat(min(step, k-start),1,1,1).unflatten(0, (-1,n)) # (M, N, K, h, w)
             for j in range(len(off)): off[j,:,start+j] = 0
             left.append(seen.scores(seen.resume(off.flatten(0,1))))
-        return (_ratio(whole-torch.cat(left), whole).T[:,:,None,None]*a).sum(1)
+        return (_ratio(whole-torch.cat(left), whole.abs()).T[:,:,None,None]*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #008a98c9
 class _Guide(torch.autograd.Function): # hands on a copy; on the way back, only what is positive
@@ -162,19 +188,37 @@ class _Guide(torch.autograd.Function): # hands on a copy; on the way back, only 
     @staticmethod
     def backward(ctx, g): return g.clamp(min=0)
 
-def guided_backprop(model:nn.Module, # In evaluation mode; its ReLUs are `nn.ReLU` modules
+_IN_PLACE = torch.relu_,torch.Tensor.relu_
+_RELUS = F.relu,torch.relu,torch.Tensor.relu,*_IN_PLACE
+
+class _GuidedReLUs(TorchFunctionMode): # every ReLU is guided, as a module, a function or a method; `n` counts them
+    n = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in _RELUS: return func(*args, **kwargs)
+        self.n += 1
+        x,*more = args or (kwargs['input'],)
+        guided = _Guide.apply(torch.relu(x))
+        in_place = func in _IN_PLACE or kwargs.get('inplace', bool(more and more[0]))
+        return x.copy_(guided) if in_place else guided
+
+def guided_backprop(model:nn.Module, # In evaluation mode; with ReLUs
                     images:torch.Tensor, # (N, C, H, W)
                     score, # Function of logits (N, n_classes) that gives (N,), as `logit_of(classes)`
                    )->torch.Tensor: # float32 (N, C, H, W)
     """The gradient of the score by the image, with each ReLU passing back what is positive
-    (Springenberg et al. 2014, arXiv 1412.6806). Raises `ValueError` without ReLUs"""
-    relus = [m for m in model.modules() if type(m) is nn.ReLU]
-    if not relus:
-        raise ValueError(f"guided backpropagation changes nn.ReLU modules, and the {type(model).__name__} has none")
-    with torch.enable_grad():
+    (Springenberg et al. 2014, arXiv 1412.6806). Raises `ValueError` where no ReLU runs, or no gradient gets through"""
+    with torch.enable_grad(), _GuidedReLUs() as relus:
         x = images.detach().clone().requires_grad_()
-        logits = forward(model, x, [(m, lambda m,args,out: _Guide.apply(out)) for m in relus])
-        return torch.autograd.grad(scores_of(score, logits).sum(), x)[0].float()
+        total = scores_of(score, forward(model, x, ())).sum()
+    if not relus.n: raise ValueError(f"guided backpropagation changes ReLUs, and the {type(model).__name__} runs none: "
+                                     "no nn.ReLU, F.relu or torch.relu")
+    grad = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+    if grad is None:
+        raise ValueError("guided backpropagation needs the gradient by the image, and none gets through "
+                         f"the {type(model).__name__}: a part of it runs under torch.no_grad, or is detached")
+    return grad.float()
 
 class GuidedGradCAM(GradCAM):
     r"""The sum over the colours of guided backpropagation times the enlarged $\max(0, \text{Grad-CAM})$
