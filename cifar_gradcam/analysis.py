@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ticker import MaxNLocator
 
-from .basics import Table, CMAP
+from .basics import CMAP, Table, input_for
 from .data import ImageSet
 from .gradcam import GradCAM
 from .layers import find_layer
 from .model import ModelInfo
-from .pictures import show_images
+from .pictures import plain_text, show_images
 from .result import CAMResult, overlay
 from .training import History, predict
 from .transforms import test_transforms
@@ -100,11 +100,13 @@ def class_table(p:Predictions # Of a data set
     return Table(head, rows, foot)
 
 # %% ../nbs/05_analysis.ipynb #05d48b23
+@plain_text()
 def plot_class_accuracy(p:Predictions # Of a data set
                        ): # The matplotlib figure
     "The accuracy of every class as bars, with the mean as a line"
     fig,ax = plt.subplots(figsize=(6.4,2.6), layout='constrained')
-    ax.bar(p.data.classes, p.class_accuracy, color='tab:blue')
+    ax.bar(range(len(p.data.classes)), p.class_accuracy, color='tab:blue')
+    ax.set_xticks(range(len(p.data.classes)), p.data.classes)
     for i,a in enumerate(p.class_accuracy):
         if not np.isfinite(a): continue
         # at the foot of the bar, where the line does not run through it; above the bar, where that is too low
@@ -118,6 +120,7 @@ def plot_class_accuracy(p:Predictions # Of a data set
     return fig
 
 # %% ../nbs/05_analysis.ipynb #5474dc6a
+@plain_text()
 def plot_confusion(p:Predictions # Of a data set
                   ): # The matplotlib figure
     "How often each class is taken for each other"
@@ -145,6 +148,7 @@ def _epoch_axis(ax): # from 0, and only whole epochs have a tick
 def _values(history, key): # of each epoch; nan where nothing was measured
     return [np.nan if e[key] is None else e[key] for e in history.epochs]
 
+@plain_text()
 def plot_curves(history:History # Of a run, finished or under way
                ): # The matplotlib figure
     "Training loss per batch, test loss per epoch, training accuracy, test accuracy"
@@ -172,6 +176,7 @@ def plot_curves(history:History # Of a run, finished or under way
     return fig
 
 # %% ../nbs/05_analysis.ipynb #9bc9ca96
+@plain_text()
 def plot_accuracy(history:History # Of a run, finished or under way
                  ): # The matplotlib figure
     "Test and training accuracy per epoch, in one plot"
@@ -249,6 +254,7 @@ def calibration(p:Predictions, # Of a data set
                        np.array([right[m].mean() for m in in_bins]), np.array([m.sum() for m in in_bins]))
 
 # %% ../nbs/05_analysis.ipynb #d44d4f3a
+@plain_text()
 def plot_calibration(p:Predictions, # Of a data set
                      n_bins:int=15, # Bins of equal width
                     ): # The matplotlib figure
@@ -293,8 +299,8 @@ def explain(model, # (N, 3, H, W) -> (N, n_classes) logits
            )->CAMResult:
     "Grad-CAM of images as they are stored, with the test transforms"
     tfm = test_transforms(info.mean, info.std)
-    device = next(model.parameters()).device
-    return GradCAM(model, layer)(torch.stack([tfm(image=i)['image'] for i in images]).to(device), target)
+    x = torch.stack([tfm(image=i)['image'] for i in images])
+    return GradCAM(model, layer)(input_for(model, x), target)
 
 # %% ../nbs/05_analysis.ipynb #21ffa502
 _SCALE = dict(cmap=CMAP, vmin=0, vmax=1)

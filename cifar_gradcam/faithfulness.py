@@ -9,18 +9,19 @@ __all__ = ['SCORES', 'Faithfulness', 'faithfulness', 'plot_faithfulness', 'BASEL
            'pointing_game', 'random_maps', 'randomisation', 'ranking', 'road', 'spearman', 'ssim']
 
 # %% ../nbs/05e_faithfulness.ipynb #ed72aef6
-import hashlib, json, time
-from dataclasses import asdict, dataclass, field
+import hashlib, json, math, time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from .basics import Table, progress_bar
+from .basics import Table, device_of, input_for, progress_bar
 from .data import ImageSet, loader
 from .files import digest, write_atomically
 from .model import ModelInfo
+from .pictures import plain_text
 from .scores import (BASELINES, auc, bootstrap, cascade, centre_maps, class_probability, deletion_curve,
                                   drop_and_increase, edge_maps, energy_pointing_game, explained, grid_pointing_game,
                                   impute, insertion_curve, mosaics, plot_randomisation, pointing_game, random_maps,
@@ -65,14 +66,20 @@ class Faithfulness:
     def save(self,
              path): # JSON file to write
         "Keep the result"
-        write_atomically(path, json.dumps(asdict(self), allow_nan=False).encode())
+        scores = _each(self.scores, lambda v: None if math.isnan(v) else v) # JSON knows no nan
+        write_atomically(path, json.dumps(asdict(replace(self, scores=scores)), allow_nan=False).encode())
 
     @classmethod
     def load(cls,
              path # What `save` wrote
             ):
         "The result in a file"
-        return cls(**json.loads(Path(path).read_text()))
+        result = cls(**json.loads(Path(path).read_text()))
+        return replace(result, scores=_each(result.scores, lambda v: math.nan if v is None else v))
+
+def _each(scores, f): # f of every number
+    def of_method(lists): return {name: [f(v) for v in numbers] for name,numbers in lists.items()}
+    return {method: of_method(lists) for method,lists in scores.items()}
 
 # %% ../nbs/05e_faithfulness.ipynb #44cdb496
 def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
@@ -99,8 +106,8 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
             raise ValueError(f"'{path}' holds results for another network, other images or other settings; "
                              "delete it, or choose another file")
         result = old
-    device = next(model.parameters()).device
     images,labels = next(iter(loader(data, test_transforms(info.mean, info.std), len(data))))
+    device,images = device_of(model, images),input_for(model, images).cpu()
     probability = predict(model, data, info, batch_size).softmax(1)
     target = probability.argmax(1)
     if n_mosaics:
@@ -131,6 +138,7 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
     return result
 
 # %% ../nbs/05e_faithfulness.ipynb #b260896b
+@plain_text()
 def plot_faithfulness(result:Faithfulness # What was measured
                      ): # The matplotlib figure
     "Every score of every method, with 95 % intervals; a colour for each layer, baselines in grey"

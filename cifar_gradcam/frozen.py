@@ -7,6 +7,8 @@ __all__ = ['Winograd', 'frozen', 'frozen_if_possible']
 
 # %% ../nbs/02b_frozen.ipynb #136c5071
 import copy
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.fx
@@ -116,43 +118,96 @@ def _hooked(module): # another module would not have them
 
 def _put(model, name, module): setattr(model.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2], module)
 
-def _fold(model, keep): # each batch norm into the convolution before it, in place
-    try: graph = torch.fx.symbolic_trace(model).graph
-    except Exception: return # a forward that can't be traced
+def _noted(tracer, name, *args, **kwargs): return tracer.create_proxy('call_module', name, args, kwargs)
+
+def _traced(model): # the graph of its forward pass; after this the model is good for nothing
+    graph = torch.fx.Graph()
+    image,is_leaf = torch.fx.Proxy(graph.placeholder('image')),torch.fx.Tracer().is_leaf_module
+    for name,m in model.named_modules():
+        if not name or not is_leaf(m, name): continue
+        m._forward_hooks.clear(); m._forward_pre_hooks.clear() # they are not for stand-ins
+        m.forward = partial(_noted, image.tracer, name)
+    graph.output(image.tracer.create_arg(model(image)))
+    return graph
+
+def _fold(model, graph, keep): # each batch norm into the convolution before it, in place
     mods,runs = dict(model.named_modules()),[n.target for n in graph.nodes if n.op == 'call_module']
     def calls(node, kind): # a module of this kind, that nobody watches and that runs once?
-        if node.op != 'call_module' or type(mods[node.target]) is not kind: return False
+        if not isinstance(node, torch.fx.Node) or node.op != 'call_module': return False
+        if type(mods[node.target]) is not kind: return False
         return not _hooked(mods[node.target]) and runs.count(node.target) == 1
     for n in graph.nodes:
-        if not calls(n, nn.BatchNorm2d) or mods[n.target].running_mean is None: continue
+        if not calls(n, nn.BatchNorm2d) or mods[n.target].running_mean is None or not n.args: continue
         before = n.args[0]
         if not calls(before, nn.Conv2d) or len(before.users) > 1 or before.target in keep: continue
         _put(model, before.target, fuse_conv_bn_eval(mods[before.target], mods[n.target]))
         _put(model, n.target, nn.Identity()) # under its name, so that the layer can still be watched
 
-@torch.inference_mode(False)
-def frozen(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-           images:torch.Tensor, # (N, C, H, W); the first one is tried
-           keep=(), # Names of modules whose outputs must stay what they are
-          )->nn.Module: # A copy, in evaluation mode
-    """A copy that is quicker: batch norms folded into the convolutions before them, channels last,
-    and Winograd's convolutions, where that is possible and changes no logit"""
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
-    quick = copy.deepcopy(plain)
-    _fold(quick, keep)
+# %% ../nbs/02b_frozen.ipynb #f2020002
+def _double(model): # another copy, with the same weights
+    filters = [m.transformed for m in model.modules() if isinstance(m, Winograd)]
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *filters)})
+
+def _quick(model, keep): # a copy with all that makes it quicker
+    quick = copy.deepcopy(model)
+    try: graph = _traced(_double(model))
+    except Exception: graph = None # a forward that can't be traced
+    if graph: _fold(quick, graph, keep)
+    quick.to(memory_format=torch.channels_last) # before filters are made of the weights
     for name,m in list(quick.named_modules()):
         if not Winograd.fits(m) or _hooked(m) or min(m.weight.shape[:2]) < 64: continue
         if m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu': _put(quick, name, Winograd(m))
-    plain,quick = (m.to(memory_format=torch.channels_last) for m in (plain,quick))
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False): a,b = plain(images[:1]),quick(images[:1])
-    return quick if isinstance(a, torch.Tensor) and (a-b).abs().max() <= 1e-3*a.abs().max() else plain
+    return quick
+
+# %% ../nbs/02b_frozen.ipynb #f2020004
+@contextmanager
+def _seeded(seed, device): # random numbers from this seed; those of the caller are not ours to draw
+    gpu = device.type == 'cuda'
+    with torch.random.fork_rng([device] if gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if gpu: torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+def _tried(model, images, seed): # what it puts out in 32 bits
+    with _seeded(seed, images.device), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return _double(model)(images.clone())
+
+def _agree(a, b): # do two networks say the same of every image?
+    if not all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in (a,b)): return False
+    if a.shape != b.shape or a.dtype != b.dtype: return False
+    a,b = (t.double().reshape(len(t) if t.ndim > 1 else 1, -1) for t in (a,b)) # a row for each image
+    finite = a.isfinite()
+    if not finite.any(): return False # nothing to compare
+    near = 1e-3*a.where(finite, 0.).abs().amax(1, keepdim=True)
+    same = torch.where(finite, (a-b).abs() <= near, (a == b) | a.isnan() & b.isnan())
+    return bool(same.all())
+
+# %% ../nbs/02b_frozen.ipynb #f2020006
+@torch.inference_mode(False) # of tensors made in that mode the copies are free of it
+def frozen(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
+           images:torch.Tensor, # (N, C, H, W); the first two are tried
+           keep=(), # Names of modules whose outputs must stay what they are
+          )->nn.Module: # A copy, in evaluation mode
+    """A copy that is quicker: batch norms folded into the convolutions before them, channels last,
+    and Winograd's convolutions, where that is possible and changes no logit.
+    Raises `ValueError` where no copy says the same as the model, and whatever the model and its parts raise"""
+    few = images[:2]
+    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    want = _tried(plain, few, 0)
+    try:
+        quick = _quick(plain, keep)
+        if _agree(want, _tried(quick, few, 1)): return quick
+    except Exception: pass # the plain one will do
+    if _agree(want, _tried(plain, few, 1)): return plain
+    raise ValueError(f"of no copy of this {type(model).__name__} it could be shown that it puts out the same logits")
 
 # %% ../nbs/02b_frozen.ipynb #9c40b7e1
+def _compiled(module): return hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None)
+
 def frozen_if_possible(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-                       images:torch.Tensor, # (N, C, H, W); the first one is tried
+                       images:torch.Tensor, # (N, C, H, W); the first two are tried
                        keep=(), # Names of modules whose outputs must stay what they are
                       )->nn.Module: # What `frozen` makes, or `model` itself
-    "A quicker copy, or the model itself where it can't be copied or a part of it is compiled"
-    if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in model.modules()): return model
-    try: return frozen(model, images, keep)
-    except (RuntimeError, TypeError): return model
+    "A quicker copy, or the model itself where no copy can take its place or a part of it is compiled"
+    try: return model if any(map(_compiled, model.modules())) else frozen(model, images, keep)
+    except Exception: return model

@@ -21,8 +21,9 @@ from scipy.stats import rankdata
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
-from .basics import eval_mode, progress_bar
+from .basics import classify, device_of, eval_mode, progress_bar
 from .inputs import check_images
+from .pictures import plain_text
 from .result import as_heatmaps
 from .targets import choose_target
 
@@ -35,16 +36,26 @@ def _check_maps(maps, shape=None): # shape: what (N, H, W) has to be
         want = tuple(shape) if shape else '(N, H, W)'
         raise ValueError(f"maps must be {want}, one for each image and as large as it, got {tuple(maps.shape)}; "
                          "a layer's map can be enlarged with F.interpolate")
-    bad = (~maps.isfinite()).flatten(1).any(1).nonzero()
-    if len(bad):
-        raise ValueError(f"{len(bad)} of {len(maps)} maps hold values that are not finite, "
-                         f"the first of them is number {bad[0].item()}; leave those images out")
+
+def _spoilt(maps): return (~maps.isfinite()).flatten(1).any(1) # bool (N,)
 
 def ranking(maps:torch.Tensor # float (N, H, W)
            )->torch.Tensor: # int64 (N, H*W): numbers of the pixels, counted row by row
     "The pixels from the most to the least important; among equals the one that is read first comes first"
     _check_maps(maps)
+    bad = _spoilt(maps).nonzero()
+    if len(bad):
+        raise ValueError(f"{len(bad)} of {len(maps)} maps hold values that are not finite, "
+                         f"the first of them is number {bad[0].item()}; leave those images out")
     return maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+
+# %% ../nbs/04h_scores.ipynb #5d9e0021
+def _usable(maps): # the maps, of which spoilt ones are zero now; and which those are, bool (N,)
+    bad = _spoilt(maps)
+    return maps.masked_fill(bad[:,None,None], 0.),bad
+
+def _nan_for(bad, scores): # scores (N,) or (N, steps)
+    return scores.masked_fill(bad.to(scores.device).view(-1, *[1]*(scores.ndim-1)), torch.nan)
 
 # %% ../nbs/04h_scores.ipynb #277e56bf
 def class_probability(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
@@ -57,24 +68,32 @@ def class_probability(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     if target is None:
         raise TypeError('target must name a class for each image, got None; '
                         'take the one predicted for the unchanged image')
-    device = next(model.parameters(), images).device
+    device = device_of(model, images)
     with eval_mode(model), torch.no_grad():
-        batches = (x.to(device, memory_format=torch.channels_last) for x in images.split(batch_size))
-        logits = torch.cat([model(x).float() for x in batches]).to(images.device)
+        batches = (x.to(device, copy=True) for x in images.split(batch_size))
+        logits = torch.cat([classify(model, x).float() for x in batches]).to(images.device)
+    if logits.shape[1] == 1:
+        raise ValueError(f"the {type(model).__name__} puts out one number for each image, of which the softmax is "
+                         "always 1; for a network that says yes or no give a module that puts out 0 and that number")
     return logits.softmax(1).gather(1, choose_target(logits, target)[:,None])[:,0]
 
 # %% ../nbs/04h_scores.ipynb #35783ecc
+def _check_both(images, maps):
+    check_images(images)
+    _check_maps(maps, images[:,0].shape)
+
 def _places(maps): # int64 (N, H, W): the place of each pixel in the ranking, 0 for the most important
     return ranking(maps).argsort(1).view(maps.shape)
 
 def _curve(model, before, after, maps, target, steps, batch_size): # before, after: images, or a number for one of them
     n = maps[0].numel()
     if not 1 <= steps <= n: raise ValueError(f"steps must lie in 1..{n}, the number of pixels, got {steps}")
+    maps,bad = _usable(maps)
     place = _places(maps)[:,None]
     def at(t): # after t steps
         changed = torch.where(place < round(n*t/steps), after, before)
         return class_probability(model, changed, target, batch_size)
-    return torch.stack([at(t) for t in range(steps+1)], 1)
+    return _nan_for(bad, torch.stack([at(t) for t in range(steps+1)], 1))
 
 def insertion_curve(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                     images:torch.Tensor, # float (N, C, H, W), normalised
@@ -85,9 +104,9 @@ def insertion_curve(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                     batch_size:int=256, # Images at once
                    )->torch.Tensor: # float32 (N, steps+1): probability of the class, from none of the pixels to all
     "The probability of the class as the pixels appear, the most important first"
-    _check_maps(maps, images[:,0].shape)
+    _check_both(images, maps)
     if start is None: start = gaussian_blur(images, 11, 5.)
-    return _curve(model, start, images, maps, target, steps, batch_size)
+    return _curve(model, start, images, maps.to(images.device), target, steps, batch_size)
 
 def deletion_curve(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                    images:torch.Tensor, # float (N, C, H, W), normalised
@@ -98,8 +117,8 @@ def deletion_curve(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                    batch_size:int=256, # Images at once
                   )->torch.Tensor: # float32 (N, steps+1): probability of the class, from all of the pixels to none
     "The probability of the class as the pixels vanish, the most important first"
-    _check_maps(maps, images[:,0].shape)
-    return _curve(model, images, baseline, maps, target, steps, batch_size)
+    _check_both(images, maps)
+    return _curve(model, images, baseline, maps.to(images.device), target, steps, batch_size)
 
 def auc(curve:torch.Tensor # (N, steps+1), at equal steps
        )->torch.Tensor: # (N,): the area under each curve, the whole width being 1
@@ -114,9 +133,12 @@ def drop_and_increase(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                       batch_size:int=256, # Images at once
                      ): # Two float32 (N,): relative drop, 0..1; and 1 where the probability rises, else 0
     "How much of the probability is lost, and whether any is gained, when only what the map marks is seen"
-    _check_maps(maps, images[:,0].shape)
-    y,o = (class_probability(model, x, target, batch_size) for x in (images, images*as_heatmaps(maps)[:,None]))
-    return torch.where(y > 0, (y-o).clamp(min=0)/y, 0.), (o > y).float()
+    _check_both(images, maps)
+    maps,bad = _usable(maps.to(images.device))
+    seen = (images*as_heatmaps(maps)[:,None]).to(images.dtype)
+    y,o = (class_probability(model, x, target, batch_size) for x in (images, seen))
+    bad = bad | y.isnan() | o.isnan()
+    return _nan_for(bad, torch.where(y > 0, (y-o).clamp(min=0)/y, 0.)),_nan_for(bad, (o > y).float())
 
 # %% ../nbs/04h_scores.ipynb #a8a9d73a
 def _weights(h, w): # sparse (H*W, H*W): 1/6 for direct neighbours, 1/12 for diagonal ones
@@ -159,11 +181,14 @@ def road(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
         )->torch.Tensor: # float32 (N,), -0.5..0.5
     """Half the difference between two probabilities, without the least and without the most relevant pixels;
     the mean over `percents`"""
-    _check_maps(maps, images[:,0].shape)
+    _check_both(images, maps)
     if not all(0 < p < 100 for p in percents): raise ValueError(f"percents must lie between 0 and 100, got {percents}")
+    maps,bad = _usable(maps)
     n,place = maps[0].numel(),_places(maps)
-    def left(missing): return class_probability(model, impute(images, missing, noise, seed), target, batch_size)
-    return torch.stack([(left(place >= n-k) - left(place < k))/2 for k in (round(n*p/100) for p in percents)]).mean(0)
+    def left(missing):
+        return class_probability(model, impute(images, missing, noise, seed).to(images.dtype), target, batch_size)
+    shares = [(left(place >= n-k) - left(place < k))/2 for k in (round(n*p/100) for p in percents)]
+    return _nan_for(bad, torch.stack(shares).mean(0))
 
 # %% ../nbs/04h_scores.ipynb #8a6f7efd
 def _check_masks(maps, masks):
@@ -177,16 +202,18 @@ def pointing_game(maps:torch.Tensor, # float (N, H, W)
                  )->torch.Tensor: # float32 (N,): 1 where the maximum is on the object, else 0
     "Does the map's maximum fall on the object? Of several maxima the first counts"
     _check_masks(maps, masks)
-    return masks.flatten(1).gather(1, ranking(maps)[:,:1])[:,0].float()
+    maps,bad = _usable(maps)
+    return _nan_for(bad, masks.flatten(1).gather(1, ranking(maps)[:,:1])[:,0].float())
 
 def energy_pointing_game(maps:torch.Tensor, # float (N, H, W); what is negative counts as 0
                          masks:torch.Tensor, # bool (N, H, W): True on the object
                         )->torch.Tensor: # float32 (N,), 0..1; 0 where nothing is positive
     "Which share of the positive map lies on the object?"
     _check_masks(maps, masks)
+    maps,bad = _usable(maps)
     positive = as_heatmaps(maps) # shares do not depend on the scale, and sums of 0..1 neither overflow nor vanish
     total = positive.sum((1,2))
-    return torch.where(total > 0, (positive*masks).sum((1,2))/total, 0.).float()
+    return _nan_for(bad, torch.where(total > 0, (positive*masks).sum((1,2))/total, 0.).float())
 
 # %% ../nbs/04h_scores.ipynb #28fa1c48
 def mosaics(images:torch.Tensor, # (M, C, H, W)
@@ -249,10 +276,11 @@ def cascade(model:nn.Module, # Whatever has children with `reset_parameters`; it
 # %% ../nbs/04h_scores.ipynb #124c6070
 def spearman(a:torch.Tensor, # float (N, H, W)
              b:torch.Tensor, # float (N, H, W)
-            )->torch.Tensor: # float32 (N,), -1..1; nan where a map is flat
+            )->torch.Tensor: # float32 (N,), -1..1; nan where a map is flat or not finite
     "Spearman's rank correlation of each pair of maps"
     _check_maps(a)
     _check_maps(b, a.shape)
+    (a,_),(b,_) = _usable(a),_usable(b) # what is not finite is flat now
     x,y = (torch.from_numpy(rankdata(m.detach().flatten(1).cpu().numpy(), axis=1)) for m in (a,b))
     x,y = (r - r.mean(1, keepdim=True) for r in (x,y))
     return ((x*y).sum(1)/((x*x).sum(1)*(y*y).sum(1)).sqrt()).float().to(a.device)
@@ -263,6 +291,7 @@ def ssim(a:torch.Tensor, # float (N, H, W) in [0, 1], at least 11 x 11
     "Structural similarity of each pair of maps, with the windows and constants of Wang et al."
     _check_maps(a)
     _check_maps(b, a.shape)
+    (a,bad_a),(b,bad_b) = _usable(a),_usable(b)
     _,h,w = a.shape
     if min(h,w) < 11:
         raise ValueError(f"SSIM looks through windows of 11 x 11 pixels, so maps of {h} x {w} are too small")
@@ -274,7 +303,8 @@ def ssim(a:torch.Tensor, # float (N, H, W) in [0, 1], at least 11 x 11
     def mean(t): return F.conv2d(t[:,None], window)[:,0]
     ma,mb,c1,c2 = mean(a),mean(b),.01**2,.03**2
     va,vb,cov = mean(a*a)-ma**2, mean(b*b)-mb**2, mean(a*b)-ma*mb
-    return ((2*ma*mb+c1)*(2*cov+c2)/((ma**2+mb**2+c1)*(va+vb+c2))).mean((1,2)).float()
+    each = (2*ma*mb+c1)*(2*cov+c2)/((ma**2+mb**2+c1)*(va+vb+c2))
+    return _nan_for(bad_a | bad_b, each.mean((1,2)).float())
 
 # %% ../nbs/04h_scores.ipynb #5d9e0010
 def explained(explain, # Function (images, target) -> maps (N, H, W)
@@ -300,7 +330,7 @@ def randomisation(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                  )->dict: # {child of the model: {measure: float32 (N,)}}, from the top down
     """How alike the maps of `model` and of its randomised copies are:
     Spearman, of the signed and of the absolute maps, and SSIM"""
-    device = next(model.parameters()).device
+    device = device_of(model, images)
     first,out = explained(make(model), images, target, batch_size, device),{}
     for name,changed in progress_bar(cascade(model, seed), 'randomisation'):
         maps = explained(make(changed), images, target, batch_size, device)
@@ -309,6 +339,7 @@ def randomisation(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     return out
 
 # %% ../nbs/04h_scores.ipynb #5d9e0012
+@plain_text()
 def plot_randomisation(results:dict # {method: what `randomisation` returned}
                       ): # The matplotlib figure
     "Mean similarity to the first map, layer by layer, for each method"
@@ -318,6 +349,7 @@ def plot_randomisation(results:dict # {method: what `randomisation` returned}
         for method,layers in results.items():
             means = [s[measure].nanmean().item() for s in layers.values()]
             ax.plot(['none',*layers], [1,*means], 'o-', ms=3, lw=1, label=method)
+        ax.get_xticklabels() # so that they are made here, as plain texts, and not when the figure is drawn
         ax.axhline(0, color='gray', lw=.7)
         ax.set_title(measure, fontsize=9)
         ax.tick_params(labelsize=7); ax.tick_params(axis='x', rotation=60)

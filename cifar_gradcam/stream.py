@@ -14,19 +14,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .basics import progress_bar
+from .basics import classify, device_of, eval_mode, progress_bar
 from .frozen import frozen_if_possible
-from .inputs import check_images
+from .inputs import check_images, images_of
 from .result import CAMResult
+from .targets import class_numbers
 
 # %% ../nbs/04g_stream.ipynb #1f9e0007
 def _batches(loader, target): # pairs of images, and what is to be explained of them
     start,size = 0,None
     one_each = target is not None and not callable(target) and np.ndim(target) > 0
-    if one_each: target = torch.as_tensor(target)
+    if one_each: target = class_numbers(target)
     for batch in loader:
-        x = batch if isinstance(batch, torch.Tensor) else batch[0]
-        check_images(x)
+        x = check_images(images_of(batch))
         size = size or x.shape[1:]
         if x.shape[1:] != size:
             raise ValueError("the loader's images must all have one size; "
@@ -39,6 +39,9 @@ def _batches(loader, target): # pairs of images, and what is to be explained of 
         raise ValueError(f"target has {len(target)} entries, and the loader only {start} images")
 
 # %% ../nbs/04g_stream.ipynb #1f9e0010
+def _at_once(size): # images (H, W) in one piece: as many as make half a million pixels
+    return max(1, min(64, 2**19//(size[0]*size[1])))
+
 def _pieces(batches, n): # the same images, n at a time
     rest = None
     for x,t in batches:
@@ -49,6 +52,16 @@ def _pieces(batches, n): # the same images, n at a time
         rest = x[whole:],t[whole:] if each else t
     if len(rest[0]): yield rest
 
+# %% ../nbs/04g_stream.ipynb #1f9e0021
+def _each_by_itself(model, images): # are an image's logits the same alone and in a batch?
+    other = images[1:2] if len(images) > 1 else images.flip(-1)
+    pair = torch.cat([images[:1], other])
+    try:
+        with eval_mode(model), torch.no_grad():
+            together,apart = classify(model, pair.clone()),torch.cat([classify(model, x.clone()) for x in pair.split(1)])
+        return bool((together-apart).abs().max() <= 1e-3*together.abs().max()) # so not where they are not finite
+    except Exception: return False
+
 # %% ../nbs/04g_stream.ipynb #1f9e0013
 def _copies(model, images, keep, n): # n of them, quick, sharing weights; or the model itself, if it can't be copied
     quick = frozen_if_possible(model, images, keep)
@@ -58,7 +71,7 @@ def _copies(model, images, keep, n): # n of them, quick, sharing weights; or the
 
 # %% ../nbs/04g_stream.ipynb #168edecb
 def stream(cam, # A `CAMMethod`
-           loader, # Batches of images (N, C, H, W) of one size, or tuples that begin with them, as a `DataLoader` gives
+           loader, # Batches of images (N, C, H, W) of one size, alone or as in `images_of`, as a `DataLoader` gives
            target=None, # As for a single batch; one int for each image means each of the whole loader, in its order
           )->CAMResult: # Of all images, on the CPU
     """Explain a whole data set, with a progress bar. A function as `target` gets the loader's batches;
@@ -66,21 +79,29 @@ def stream(cam, # A `CAMMethod`
     batches = _batches(progress_bar(loader, type(cam).__name__), target)
     first = next(batches, None)
     if first is None: raise ValueError("the loader gave no batch")
-    p = next(cam.model.parameters())
-    device,cpu = p.device.type,p.device.type == 'cpu'
+    images = first[0]
+    device = device_of(cam.model, images)
+    cpu,few = device.type == 'cpu',images[:2].to(device)
     batches = itertools.chain([first], batches)
-    if cpu and not callable(target): batches = _pieces(batches, 64)
-    x = first[0].to(p.device)
-    names = [name for name,_ in cam.layers_for(x)]
-    models = _copies(cam.model, x, names, torch.get_num_threads() if cpu else 1)
+    by_itself = _each_by_itself(cam.model, few)
+    if cpu and by_itself and not callable(target): batches = _pieces(batches, _at_once(images.shape[2:]))
+    names = [name for name,_ in cam.layers_for(images.to(device))]
+    itself = cam.on(cam.model, names)
+    n_copies = torch.get_num_threads() if cpu else 1
+    models = _copies(cam.model, few, names, n_copies) if by_itself else [cam.model]
     free = queue.SimpleQueue() # one for each worker
-    for m in models: free.put(cam.on(m, names))
-    amp = dict(device_type=device, # the caller's; a thread has its own
-               enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
+    for m in models: free.put(itself if m is cam.model else cam.on(m, names))
+    amp = dict(device_type=device.type, # the caller's; a thread has its own
+               enabled=torch.is_autocast_enabled(device.type), dtype=torch.get_autocast_dtype(device.type))
     def explain(x, t):
         worker = free.get()
         try:
-            with torch.autocast(**amp): r = worker(x.to(p.device, memory_format=torch.channels_last), t)
+            with torch.autocast(**amp):
+                try: r = worker(x.to(device), t)
+                except Exception:
+                    if worker is itself: raise
+                    worker = itself
+                    r = worker(x.to(device), t)
         finally: free.put(worker)
         return replace(r, raw=r.raw.cpu(), logits=r.logits.cpu(), target=None if r.target is None else r.target.cpu())
     done,waiting = [],deque()

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .basics import Table, eval_mode, progress_bar
+from .basics import Table, classify, eval_mode, input_for, progress_bar
 from .data import ImageSet, loader
 from .files import Checkpoints, locked, write_atomically
 from .frozen import frozen_if_possible
@@ -171,18 +171,31 @@ def amp_dtype(device # Device to train on
         if can.get('avx512_bf16') or can.get('amx_bf16'): return torch.bfloat16
     return None
 
+# %% ../nbs/03_training.ipynb #03ed0001
+class _Quickest: # a network, or in its place a quicker copy, as long as that does
+    def __init__(self, model, copied): self.model,self.copied = model,copied
+
+    def __call__(self, x):
+        if self.copied is not self.model:
+            try: # a network may write into its input, and then fail; what this one caches in inference mode is lost with it
+                with torch.inference_mode(): return classify(self.copied, x.clone())
+            except Exception: self.copied = self.model
+        return classify(self.model, x)
+
 # %% ../nbs/03_training.ipynb #088a2743
 def predict(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
             data:ImageSet, # What to predict
             info:ModelInfo=ModelInfo(), # For its normalisation
             batch_size:int=64, # Images at once
            )->torch.Tensor: # Logits, float32 (N, n_classes), on the CPU
-    "The logits of every image, with the test transforms, in 32-bit precision"
-    device,quick,out = next(model.parameters()).device,None,[]
-    with eval_mode(model), torch.inference_mode():
+    """The logits of every image, with the test transforms, in the precision of the model's weights.
+    Raises `ValueError` if the model puts out no logits, or can't take such images"""
+    if not len(data): raise ValueError("there is no image to predict: data is empty")
+    quick,out = None,[]
+    with eval_mode(model), torch.no_grad():
         for x,_ in progress_bar(loader(data, test_transforms(info.mean, info.std), batch_size), 'predict'):
-            x = x.to(device, memory_format=torch.channels_last)
-            quick = quick or (frozen_if_possible(model, x) if len(data) > batch_size else model)
+            x = input_for(model, x)
+            quick = quick or _Quickest(model, frozen_if_possible(model, x) if len(data) > batch_size else model)
             out.append(quick(x).float().cpu())
     return torch.cat(out)
 
