@@ -18,11 +18,18 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .basics import Table, eval_mode
+from .basics import Table, classify, eval_mode, input_for
 from .data import CIFAR10_CLASSES
 from .files import digest, write_atomically
+from .layers import unwrapped
 from .transforms import CIFAR10_MEAN, CIFAR10_STD
 
 # %% ../nbs/02_model.ipynb #6eeb9d76
@@ -61,13 +68,13 @@ def count_flop(model:nn.Module, # Any model that takes images
                backward:bool=False, # Count the backward pass too?
               )->int: # Floating-point operations for one image
     "How many floating-point operations one image costs, by `torch.utils.flop_counter`"
-    params = list(model.parameters())
-    x = torch.zeros(1, 3, size, size, device=params[0].device, dtype=params[0].dtype)
+    x = input_for(model, torch.zeros(1, 3, size, size))
+    trained = [p for p in model.parameters() if p.requires_grad]
     # eval mode: one image is too few for the statistics of a batch norm in training
     with eval_mode(model), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         out = model(x)
-        if backward: # by grad(), which unlike backward() leaves every .grad alone
-            torch.autograd.grad(out.sum(), [p for p in params if p.requires_grad])
+        if backward and trained: # by grad(), which unlike backward() leaves every .grad alone
+            torch.autograd.grad(out.sum(), trained)
     return counter.get_total_flops()
 
 # %% ../nbs/02_model.ipynb #9e1f1aff
@@ -108,8 +115,7 @@ def summary(model:nn.Module, # Any model that takes images
         flop = counter.get_total_flops()-started.pop()
         parameters = sum(p.numel() for p in m.parameters())
         layers.append(LayerInfo(names[m], type(m).__name__, tuple(out.shape[1:]), parameters, flop/1e9))
-    p = next(model.parameters())
-    image = torch.zeros(1, 3, size, size, device=p.device, dtype=p.dtype)
+    image = input_for(model, torch.zeros(1, 3, size, size))
     handles = [h for m in names for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     try:
         with eval_mode(model), counter, torch.no_grad(): model(image)
@@ -147,19 +153,93 @@ class ModelInfo:
                              f"{', '.join(sorted(unknown))}")
         return cls(**{k: tuple(v) if isinstance(v,list) else v for k,v in d.items()})
 
+# %% ../nbs/02_model.ipynb #02ed0001
+def _network(model): # what is inside
+    inner = unwrapped(model)
+    if isinstance(inner, AveragedModel): inner = inner.module
+    return inner if inner is model else _network(inner)
+
+def _by_hook(hook, module): # pairs of a weight's name and its value, computed before each pass by what torch hooked on
+    if isinstance(hook, WeightNorm): yield hook.name,hook.compute_weight(module)
+    elif isinstance(hook, SpectralNorm): yield hook.name,hook.compute_weight(module, do_power_iteration=False)
+    elif isinstance(hook, BasePruningMethod): yield hook._tensor_name,hook.apply_mask(module)
+
+def _computed(model): # {name: tensor}: the weights that are computed from others
+    found = {}
+    with eval_mode(model), torch.no_grad(): # in training mode a spectral norm would take a step
+        for name,m in model.named_modules():
+            weights = [(w, getattr(m, w)) for w in (m.parametrizations if is_parametrized(m) else ())]
+            for hook in m._forward_pre_hooks.values(): weights += _by_hook(hook, m)
+            found.update({f'{name}.{weight}'.removeprefix('.'): value for weight,value in weights})
+    return found
+
+def _state(model): # {name: tensor}, by the names that they have in a network where nothing is computed or compiled
+    computed = _computed(model)
+    made_of = {f'{k}_{end}' for k in computed for end in ('g','v','u','orig','mask')}
+    state = {k: v for k,v in model.state_dict().items() if k not in made_of and 'parametrizations' not in k.split('.')}
+    return {k.replace('_orig_mod.', ''): v for k,v in (state | computed).items()}
+
+# %% ../nbs/02_model.ipynb #02ed0003
+def _values(model): # {name: tensor}, on the CPU, no two of them in the same memory
+    state = _state(model)
+    for k,v in state.items():
+        if not isinstance(v, torch.Tensor):
+            raise ValueError(f"{k} is no tensor but of the type {type(v).__name__}; a model file holds tensors only")
+        if is_lazy(v) or v.is_meta: raise ValueError(f"{k} has no values yet, so there is nothing to save")
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in state.items()}
+
+def _read_back(tensors, kind, info): # the network that `load_model` will make; kind: class of the model, for errors
+    if info.network not in NETWORKS:
+        raise ValueError(f"info.network is {info.network!r}, and load_model can make {', '.join(NETWORKS)}; "
+                         "put the function that makes your network into NETWORKS, and its name into info.network")
+    with torch.random.fork_rng(devices=[]): twin = NETWORKS[info.network](len(info.classes))
+    try: twin.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise ValueError(f"load_model would make a {info.network} for the {len(info.classes)} classes of info, "
+                         f"and this {kind} is none: {str(e).splitlines()[1].strip()}") from e
+    for k,read in twin.state_dict().items():
+        v = tensors[k]
+        if not ((read.to(v.dtype) == v) | v.isnan()).all():
+            raise ValueError(f"{k} is {v.dtype}, and load_model would round it to {read.dtype}; "
+                             f"to have it rounded save model.to({read.dtype})")
+    return twin.eval()
+
+def _check_same(model, twin, info): # both in evaluation mode
+    def build(net): return [(type(m), m.extra_repr()) for m in net.modules() if not hasattr(m, '_orig_mod')]
+    if build(model) == build(twin): return
+    kind,seeded = type(model).__name__,torch.Generator().manual_seed(0)
+    x = torch.randn(2, info.channels, info.size, info.size, generator=seeded)
+    try: got,want = (classify(net, input_for(net, x)).float().cpu() for net in (model, twin))
+    except Exception as e:
+        raise ValueError(f"this {kind} is not built like the {info.network} that load_model would make, and whether "
+                         f"both say the same of images {tuple(x.shape)} can't be told "
+                         f"({type(e).__name__}: {e})") from e
+    exact = all(p.dtype.itemsize >= 4 for p in model.parameters())
+    near = (.01 if exact else .05)*want.where(want.isfinite(), 0.).abs().max().item()
+    if got.shape != want.shape or not torch.allclose(got, want, rtol=0., atol=near, equal_nan=True):
+        raise ValueError(f"this {kind} says something else of images than the {info.network} that load_model "
+                         "would make of its weights; put the function that makes your network into NETWORKS, "
+                         "and its name into info.network")
+
 # %% ../nbs/02_model.ipynb #00b3f3d4
-def save_model(model:nn.Module, # A `resnet18`
+def save_model(model:nn.Module, # One of `NETWORKS`; wrapped, compiled, averaged or parametrised, if you like
                path, # File to write, named *.safetensors by custom; an old one is replaced
                info:ModelInfo=ModelInfo(), # What goes with it
                half:bool=False, # Round what is float32 to float16?
               ):
-    "Save weights and `info` as safetensors, in one step. Raises `ValueError` if a value is too large for `half`"
-    tensors = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    """Save weights and `info` as safetensors, in one step. Raises `ValueError` if a value is too large for `half`,
+    or if `load_model` would not read the same network"""
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    model = _network(model)
+    tensors = _values(model)
+    with eval_mode(model), torch.no_grad():
+        _check_same(model, _read_back(tensors, type(model).__name__, info), info)
     if half:
-        tensors = {k: v.half() if v.dtype == torch.float32 else v for k,v in tensors.items()}
-        for k,v in tensors.items():
-            if not v.isfinite().all():
+        rounded = {k: v.half() if v.dtype == torch.float32 else v for k,v in tensors.items()}
+        for k,v in rounded.items():
+            if (tensors[k].isfinite() & ~v.isfinite()).any():
                 raise ValueError(f"{k} holds values that are not finite in float16; save it without half=True")
+        tensors = rounded
     meta = dict(format='cifar_gradcam 1', info=info.to_json(), sha256=digest(tensors, info.to_json()))
     write_atomically(path, save(tensors, meta))
 
@@ -169,6 +249,7 @@ def load_model(path, # File that `save_model` wrote
               ): # The model, in eval mode, and its `ModelInfo`
     "Load a model. Raises `FileNotFoundError`, or `ValueError` if the file is damaged or something else"
     path = Path(path)
+    if path.is_dir(): raise ValueError(f"'{path}' is a folder, not a model file")
     if not path.is_file(): raise FileNotFoundError(f"no such model file: '{path}'")
     try:
         with safe_open(path, framework='pt') as f:
