@@ -166,10 +166,17 @@ def _parser():
             'settings.ini, build the web site of the docs, and check links, pages and English.')
     return p
 
+# %% ../nbs/06_cli.ipynb #b84f5a59
+def _print_anything():
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, 'errors', None) == 'strict' and hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+
 # %% ../nbs/06_cli.ipynb #a3523940
 def main(argv=None # Arguments; None: those of the command line
         )->int: # Exit code: 0, 1 where `docs` found faults in its pages, 2 for an error, 130 when interrupted
     "The command `cifar-gradcam`"
+    _print_anything()
     args = _parser().parse_args(argv)
     try: return args.do(args) or 0
     except KeyboardInterrupt:

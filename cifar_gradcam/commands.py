@@ -7,7 +7,7 @@ __all__ = ['versions', 'write_figures', 'change', 'metrics_of', 'run', 'model_an
            'explain_images']
 
 # %% ../nbs/06a_commands.ipynb #9990bcf9
-import json, platform
+import json, platform, warnings
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from .gradcam import GradCAM
 from .layers import find_layer
 from .maps import explain_picture, plot_explanation
 from .model import PRETRAINED, load_model, save_model
-from .pictures import read_image
+from .pictures import plain_text, read_image
 from .report import write_report
 from .training import RECIPES, Recipe, fit, pick_device, process_group, rank_and_world
 from .transforms import gallery
@@ -184,6 +184,15 @@ def evaluate_model(path=PRETRAINED, # File that `save_model` wrote
     print(f'{test.name}: test accuracy {p.accuracy:.2f} % ({right}), loss {p.loss:.4f}')
     return p
 
+# %% ../nbs/06a_commands.ipynb #e5136913
+def _made(folder): # the `Path` of a folder, made if need be
+    folder = Path(folder)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError,NotADirectoryError):
+        raise NotADirectoryError(f"'{folder}' cannot be a folder: a file has this name, "
+                                 "or that of a folder on the way to it") from None
+    return folder
+
 # %% ../nbs/06a_commands.ipynb #1b73999b
 def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
                         dataset:str|None=None, # 'cifar10' or 'shapes'; None: the one that it was trained on
@@ -194,8 +203,7 @@ def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
     "Print the accuracy of a model under corruptions, and draw it as `robustness.png`"
     if n_images < 1: raise ValueError(f"the number of images must be at least 1, got {n_images}")
     model,info,test = model_and_test(path, dataset, root)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = _made(out)
     r = robustness(model, test.subset(slice(n_images)), info)
     fig = plot_robustness(r)
     fig.savefig(out/'robustness.png', dpi=150)
@@ -203,36 +211,64 @@ def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
     print(f"{r}\n-> {out/'robustness.png'}")
     return r
 
+# %% ../nbs/06a_commands.ipynb #c4da0ccd
+def _must_be_readable(files): # raises what is wrong with them
+    wrong = []
+    for f in files:
+        try: read_image(f)
+        except (OSError,ValueError) as e: wrong.append(e)
+    if len(wrong) == 1: raise wrong[0]
+    if wrong: raise ValueError(f"{len(wrong)} of {len(files)} pictures: {'; '.join(map(str, wrong))}")
+
+# %% ../nbs/06a_commands.ipynb #effe54e1
+def _class_number(target, classes): # of a name or a number; None stays None
+    if target is None: return None
+    if target in classes: return classes.index(target)
+    if str(target).isdecimal() and int(target) < len(classes): return int(target)
+    raise ValueError(f"target must be one of {', '.join(classes)}, or a number in 0..{len(classes)-1}, got {target!r}")
+
+# %% ../nbs/06a_commands.ipynb #d04e74c3
+def _map_files(pictures, out): # for each picture the `Path` that its map goes to
+    files,taken = [],{f.resolve() for f in pictures}
+    for f in pictures:
+        names = (out/f'{f.stem}_cam{n}.png' for n in ('', *range(2, 2*len(pictures)+2)))
+        files.append(next(name for name in names if name.resolve() not in taken))
+        taken.add(files[-1].resolve())
+    return files
+
+# %% ../nbs/06a_commands.ipynb #4140fd9a
+@plain_text()
+def _save_explanation(path, picture, result, info, name): # name: of the picture
+    fig = plot_explanation(picture, result, info)
+    says = info.classes[int(result.logits[0].argmax())]
+    title = f'{name}: {says} ({info.dataset} model)'
+    fig.suptitle(title.encode(errors='backslashreplace').decode(), fontsize=10) # names need not be valid UTF-8
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph') # a letter that the font lacks is drawn as a box
+        fig.savefig(path, dpi=150)
+    plt.close(fig)
+
 # %% ../nbs/06a_commands.ipynb #8e1f851e
-def explain_images(images, # Paths of pictures
+def explain_images(images, # Paths of pictures, or one path
                    path=PRETRAINED, # File that `save_model` wrote
                    out='.', # Folder for the PNG files
                    layer:str='layer4', # Dotted name of the layer
                    target:str|None=None, # Name or number of the class to explain; None: the predicted one
                   )->list: # The files that were written
-    "Predict and explain pictures; write `<picture>_cam.png` for each"
+    """Predict and explain pictures; write `<picture>_cam.png` for each.
+    If some cannot be read, none is written: raises `FileNotFoundError` or `ValueError`, which names all of them"""
+    pictures = [Path(images)] if isinstance(images, (str,Path)) else [*map(Path, images)]
     model,info = load_model(path)
     find_layer(model, layer) # a wrong name is found before any work is done
-    k = len(info.classes)
-    if target in info.classes: target = info.classes.index(target)
-    elif target is not None:
-        if not str(target).isdigit() or int(target) >= k:
-            names = ', '.join(info.classes)
-            raise ValueError(f"target must be one of {names}, or a number in 0..{k-1}, got {target!r}")
-        target = int(target)
-    pictures = [(Path(f),read_image(f)) for f in images]
-    files,out = [],Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for f,picture in pictures:
-        r = explain_picture(GradCAM(model, layer), picture, info, target)
+    target = _class_number(target, info.classes)
+    _must_be_readable(pictures)
+    cam,files = GradCAM(model, layer),_map_files(pictures, _made(out))
+    for f,file in zip(pictures, files):
+        picture = read_image(f)
+        r = explain_picture(cam, picture, info, target)
         prob = r.logits[0].softmax(0)
         top = ', '.join(f'{info.classes[i]} {100*prob[i]:.1f} %' for i in prob.argsort(descending=True)[:3].tolist())
-        fig = plot_explanation(picture, r, info)
-        fig.suptitle(f'{f.name}: {info.classes[int(prob.argmax())]} ({info.dataset} model)', fontsize=10)
-        same = sum(g.stem == f.stem for g,_ in pictures[:len(files)]) # cat.jpg after cat.png
-        files.append(out/(f'{f.stem}_cam.png' if not same else f'{f.stem}_cam{same+1}.png'))
-        fig.savefig(files[-1], dpi=150)
-        plt.close(fig)
+        _save_explanation(file, picture, r, info, f.name)
         note = '' if r.status[0]=='ok' else f' (the map is {r.status[0]})'
-        print(f'{f}: {top}{note} -> {files[-1]}')
+        print(f'{f}: {top}{note} -> {file}')
     return files

@@ -30,9 +30,13 @@ class ImageSet:
     masks:np.ndarray|None = None # bool, (N, H, W): True on the object; None where nobody knows
 
     def __post_init__(self):
+        for name in ('images','labels'):
+            if not isinstance(a := getattr(self, name), np.ndarray):
+                raise TypeError(f"{name} must be a numpy array, got {type(a).__name__}")
         if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
             raise ValueError("images must be uint8 of shape (N, H, W, 3), "
                              f"got {self.images.dtype} of shape {self.images.shape}")
+        if self.labels.dtype.kind not in 'iu': raise TypeError(f"labels must be whole numbers, got {self.labels.dtype}")
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"one label for each image is needed: {len(self.images)} images, "
                              f"labels of shape {self.labels.shape}")
@@ -44,7 +48,8 @@ class ImageSet:
 
     def __repr__(self):
         h,w = self.images.shape[1:3]
-        return f"{self.name} {self.split}: {len(self):,} images of {h} x {w}, {len(self.classes)} classes"
+        size = f'{h} x {w}' if h == w else f'{h} (height) x {w} (width)'
+        return f"{self.name} {self.split}: {len(self):,} images of {size}, {len(self.classes)} classes"
 
     @property
     def fingerprint(self)->str: # The same for the same images and labels, and for no others
@@ -79,8 +84,9 @@ def data_root(root=None # Folder for data sets; None: `$CIFAR_GRADCAM_DATA`, els
     named = root or os.environ.get('CIFAR_GRADCAM_DATA')
     if not named: return xdg_cache_home()/'cifar_gradcam'
     path = Path(named).expanduser()
+    source = 'the argument' if root else '$CIFAR_GRADCAM_DATA'
+    if path.is_file(): raise NotADirectoryError(f"the data folder '{path}' (named by {source}) is a file")
     if not path.is_dir():
-        source = 'the argument' if root else '$CIFAR_GRADCAM_DATA'
         raise FileNotFoundError(f"no such data folder: '{path}' (named by {source}). "
                                 "Create it, or name the folder that holds cifar-10-batches-py")
     return path
@@ -229,6 +235,10 @@ def load_data(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
 
 # %% ../nbs/00c_data.ipynb #b84dd878
 def _leaves(transform): # every transform inside, Composes and OneOfs included, in a fixed order
+    if not hasattr(transform, 'set_random_seed'):
+        raise TypeError("transform must be one of Albumentations, for only those can be seeded, such as "
+                        "A.Compose([..., A.Normalize(), ToTensorV2()]); "
+                        f"got {type(transform).__module__}.{type(transform).__qualname__}")
     yield transform
     for t in getattr(transform, 'transforms', ()): yield from _leaves(t)
 
@@ -255,6 +265,7 @@ class Batches(torch.utils.data.Dataset):
                  world:int=1): # How many processes share each batch
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world: raise ValueError(f"rank must lie in 0..world-1, got rank {rank} of {world}")
+        list(_leaves(transform)) # what is no transform is found here, and not in a worker
         n = len(data)
         self.data,self.transform,self.batch_size = data,transform,batch_size
         self.key,self.rank,self.world = (seed,epoch),rank,world
@@ -268,8 +279,17 @@ class Batches(torch.utils.data.Dataset):
         if not 0 <= b < len(self): raise IndexError(f"there are {len(self)} batches, no number {b}")
         idx = self.order[b*self.batch_size:(b+1)*self.batch_size][self.rank::self.world]
         reseed(self.transform, *self.key, b, self.rank)
-        x = torch.stack([self.transform(image=self.data.images[i])['image'] for i in idx])
-        return x, torch.from_numpy(self.data.labels[idx])
+        images = [self._image(i) for i in idx]
+        if len(sizes := {x.shape for x in images}) > 1:
+            raise ValueError("the images of a batch must have one size, and the transform makes several: "
+                             f"{', '.join(str(tuple(s)) for s in sorted(sizes))}; let it end with a crop or a Resize")
+        return torch.stack(images), torch.from_numpy(self.data.labels[idx])
+
+    def _image(self, i): # float32 (3, H, W)
+        x = self.transform(image=self.data.images[i])['image']
+        if isinstance(x, torch.Tensor) and x.is_floating_point(): return x
+        got = f'a tensor of {x.dtype}' if isinstance(x, torch.Tensor) else f'{type(x).__name__} of {x.dtype}'
+        raise TypeError(f"transform must make float tensors, got {got}; let it end with A.Normalize(), ToTensorV2()")
 
 # %% ../nbs/00c_data.ipynb #365fffdf
 def _start_worker(worker_id):

@@ -13,6 +13,7 @@ import numpy as np
 
 from .basics import progress_bar
 from .data import ImageSet
+from .pictures import plain_text
 from .training import Recipe, Trainer
 
 # %% ../nbs/03a_lr_finder.ipynb #875669a0
@@ -72,5 +73,6 @@ def plot_lr(c:LRCurve # What `find_lr` found
     ax.set(xlabel='peak learning rate (of SGD)', ylabel='training loss, nats',
            ylim=(.9*c.smooth.min(), 1.3*c.losses[0]))
     ax.set_title(f'{c.recipe.sizes[0]} px, batches of {c.recipe.batch_size}', fontsize=10)
-    ax.legend(fontsize=8); ax.grid(alpha=.3)
+    with plain_text(): ax.legend(fontsize=8) # the axis is in powers of ten, which are mathematics
+    ax.grid(alpha=.3)
     return fig

@@ -72,6 +72,13 @@ def augmentation(name:str, # A key of `AUGMENTATIONS`
     if not 0 <= p <= 1: raise ValueError(f"p is a probability, 0..1, got {p}")
     return AUGMENTATIONS[name](p)
 
+# %% ../nbs/01_transforms.ipynb #8b3635c1
+def _normalize(mean, std): # of an image of as many channels
+    if np.ndim(mean) != 1 or np.shape(mean) != np.shape(std):
+        raise ValueError(f"mean and std must have one number for each channel, got {mean} and {std}")
+    if not np.min(std) > 0: raise ValueError(f"std must be positive, got {std}")
+    return A.Normalize(mean, std)
+
 # %% ../nbs/01_transforms.ipynb #1b468ba0
 DEFAULT_AUGMENTATIONS = ('HorizontalFlip', 'RandomCrop')
 
@@ -83,14 +90,14 @@ def train_transforms(names=DEFAULT_AUGMENTATIONS, # Keys of `AUGMENTATIONS`, app
     "The training pipeline: augmentations, normalisation, tensor"
     if isinstance(names, str): raise TypeError(f"names is a sequence of names; for one only write [{names!r}]")
     resize = [] if size == 32 else [A.Resize(size, size, interpolation=cv2.INTER_AREA, p=1)]
-    return A.Compose([*map(augmentation, names), *resize, A.Normalize(mean, std), ToTensorV2()], strict=True)
+    return A.Compose([*map(augmentation, names), *resize, _normalize(mean, std), ToTensorV2()], strict=True)
 
 # %% ../nbs/01_transforms.ipynb #ab3c2246
 def test_transforms(mean=CIFAR10_MEAN, # Of each channel, full scale being 1
                     std=CIFAR10_STD, # Of each channel, full scale being 1
-                   )->A.Compose: # uint8 (H, W, 3) in, float32 tensor (3, H, W) out
+                   )->A.Compose: # uint8 (H, W, C) in, C as many as `mean` has, float32 tensor (C, H, W) out
     "The test pipeline: normalisation and tensor, nothing else"
-    return A.Compose([A.Normalize(mean, std), ToTensorV2()], strict=True)
+    return A.Compose([_normalize(mean, std), ToTensorV2()], strict=True)
 
 # %% ../nbs/01_transforms.ipynb #bad79cb9
 def denormalize(x, # Tensor (..., 3, H, W), normalised
