@@ -190,11 +190,13 @@ def inference_tensors(model:nn.Module # Any
 # %% ../nbs/00_basics.ipynb #1b9e0016
 def _of_inference(names): # of tensors made in inference mode, if they are known; in words
     if not names:
-        return ("no gradient can pass through tensors that are made inside torch.inference_mode, and the network has one: "
-                "it has such a block of its own (torch.no_grad would do there), or keeps one where it can't be seen")
+        return ("no gradient can pass through tensors that are made inside torch.inference_mode, and the network has "
+                "one: it has such a block of its own (torch.no_grad would do there), "
+                "or keeps one where it can't be seen")
     some = ', '.join(names[:4]) + (' ...' if len(names) > 4 else '')
-    return (f"the network keeps tensors that were made inside torch.inference_mode: {some}; no gradient can pass through "
-            "them. Make or load them outside of it (torch.no_grad does no such harm), or put a .clone() in their place")
+    return (f"the network keeps tensors that were made inside torch.inference_mode: {some}; no gradient can pass "
+            "through them. Make or load them outside of it (torch.no_grad does no such harm), "
+            "or put a .clone() in their place")
 
 def _misfits(model, images, error): # why the model may have refused these images, in words
     if 'nference tensor' in str(error): return [_of_inference(inference_tensors(model))]

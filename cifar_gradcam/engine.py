@@ -112,8 +112,8 @@ class Tap(Hook):
         if self.call is not None and self.calls != self.call+1: return
         maps = self.as_map(out) # raises where there are none
         if self.gradients and maps.is_quantized:
-            raise ValueError(f"layer {self.name!r} puts out quantized numbers, through which no gradient passes: take a "
-                             "method without gradients, such as EigenCAM, or the network before it was quantized")
+            raise ValueError(f"layer {self.name!r} puts out quantized numbers, through which no gradient passes: take "
+                             "a method without gradients, such as EigenCAM, or the network before it was quantized")
         self.in_inference = torch.is_inference_mode_enabled() # by the network itself, since we are outside of it
         with torch.inference_mode(False):
             self.out = tree_map_only(torch.Tensor, self._kept, out)
@@ -133,8 +133,9 @@ class Tap(Hook):
 
     def check(self): # the layer must have run, and once, unless it was said which time is meant
         if self.calls == 0:
-            raise ValueError(f"no call of layer {self.name!r} was seen in the forward pass: the network has no use for it "
-                             "with these images, or uses it without calling it, as layer.forward(x) and fused code do")
+            raise ValueError(f"no call of layer {self.name!r} was seen in the forward pass: the network has no use for "
+                             "it with these images, or uses it without calling it, "
+                             "as layer.forward(x) and fused code do")
         runs = f"layer {self.name!r} runs {self.calls} times in one forward pass"
         if self.call is None and self.calls > 1:
             raise ValueError(f"{runs}, so it has {self.calls} maps; take a module that runs once, "
@@ -146,9 +147,9 @@ def _not_reached(tap): # in words
     if tap.in_inference:
         return (f"the network runs layer {tap.name!r} under torch.inference_mode, where no gradient can be had; "
                 "torch.no_grad would do there")
-    return (f"no gradient reaches layer {tap.name!r}: what is to be explained does not depend on it, or is cut off from it "
-            "by something that torch does not differentiate (detach, a no_grad block after it, quantized layers, "
-            "checkpoints with use_reentrant=True)")
+    return (f"no gradient reaches layer {tap.name!r}: what is to be explained does not depend on it, "
+            "or is cut off from it by something that torch does not differentiate (detach, "
+            "a no_grad block after it, quantized layers, checkpoints with use_reentrant=True)")
 
 def gradients(score:torch.Tensor, # A number
               taps, # `Tap`s of this pass
@@ -204,7 +205,8 @@ def _mixture(logits): # (n_classes,): the weights of the logits in it, the same 
 def _used(logits, taps): # names of the taps whose maps the logits depend on
     score = (logits*_mixture(logits)).sum()
     used = set()
-    kept = [(t,leaf) for t in taps for leaf in tree_leaves(t.out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    def starts(leaf): return isinstance(leaf, torch.Tensor) and leaf.requires_grad # of a graph
+    kept = [(t,leaf) for t in taps for leaf in tree_leaves(t.out) if starts(leaf)]
     if not kept or not score.requires_grad: return used
     grads = torch.autograd.grad(score, [leaf for _,leaf in kept], allow_unused=True)
     found = {id(leaf): torch.zeros_like(leaf) if g is None else g for (_,leaf),g in zip(kept, grads)}

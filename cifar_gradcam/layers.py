@@ -131,7 +131,8 @@ class ShapeError(ValueError): "A layer's output is no map"
 
 def _form(out): # of what a layer puts out, in words
     if isinstance(out, torch.Tensor): return f'shape {tuple(out.shape)}'
-    if isinstance(out, (tuple,list)): return f"a {type(out).__name__} of {', '.join(_form(o) for o in out) or 'nothing'}"
+    if isinstance(out, (tuple,list)):
+        return f"a {type(out).__name__} of {', '.join(_form(o) for o in out) or 'nothing'}"
     if isinstance(out, dict): return f"a {type(out).__name__} with the entries {', '.join(map(str, out))}"
     return type(out).__name__
 

@@ -108,8 +108,8 @@ class CAM(CAMMethod):
 # %% ../nbs/04f_methods.ipynb #184db815
 def first_component(a:torch.Tensor # (N, K, h, w)
                    )->torch.Tensor: # (N, h, w)
-    """Each place's K values, projected on the first right singular vector of all places; its sign makes the sum positive.
-    Of what is not finite, nan"""
+    """Each place's K values, projected on the first right singular vector of all places;
+    its sign makes the sum positive. Of what is not finite, nan"""
     finite = a.flatten(1).isfinite().all(1)
     u,s,_ = torch.linalg.svd(a.where(finite[:,None,None,None], 0.).flatten(2).transpose(1,2), full_matrices=False)
     m = (u[:,:,0]*s[:,:1]).unflatten(1, a.shape[2:])
@@ -144,10 +144,11 @@ class ManyPasses(CAMMethod):
     uses_gradients = False
 
     def __init__(self, model, layer=None, fuse='mean', reshape=None, call=None, # As in `CAMMethod`
-                 batch_size:int|None=None, # Images in one pass, at least 1; None: 128, fewer of more than 64 x 64 pixels
+                 batch_size:int|None=None, # Images in one pass, at least 1; None: 128, or fewer large ones
                 ):
         super().__init__(model, layer, fuse, reshape, call)
-        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
 
     def channels_at_once(self, images # (N, C, H, W)

@@ -180,7 +180,7 @@ def in_channels(picture:np.ndarray, # uint8 (H, W) or (H, W, C)
 
 # %% ../nbs/00b_pictures.ipynb #df952b2e
 def resized(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W) or (H, W, 1); or (H, W, channels)
-            size=32, # The shorter side of what comes out, pixels (the proportions stay, up to 1 : 32); or (height, width)
+            size=32, # Shorter side of what comes out, pixels (proportions stay, up to 1 : 32); or (height, width)
             channels:int=3, # Of what comes out, see `in_channels`
            )->np.ndarray: # uint8 (h, w, channels)
     """A picture at the size that a network is fed, antialiased; a grey one gets three equal colours.

@@ -58,7 +58,8 @@ def _each_by_itself(model, images): # are an image's logits the same alone and i
     pair = torch.cat([images[:1], other])
     try:
         with eval_mode(model), torch.no_grad():
-            together,apart = classify(model, pair.clone()),torch.cat([classify(model, x.clone()) for x in pair.split(1)])
+            together = classify(model, pair.clone())
+            apart = torch.cat([classify(model, x.clone()) for x in pair.split(1)])
         return bool((together-apart).abs().max() <= 1e-3*together.abs().max()) # so not where they are not finite
     except Exception: return False
 

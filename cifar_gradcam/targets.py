@@ -22,7 +22,8 @@ def class_numbers(target # What a user gave: an int, or ints in a sequence, an a
                         f"{told}got {reprlib.repr(target)}")
     return t.long()
 
-def _has_text(target): return isinstance(target, str) or isinstance(target, (tuple,list)) and any(map(_has_text, target))
+def _has_text(target):
+    return isinstance(target, str) or isinstance(target, (tuple,list)) and any(map(_has_text, target))
 
 # %% ../nbs/04c_targets.ipynb #0afcd8a4
 def choose_target(logits:torch.Tensor, # (N, n_classes)

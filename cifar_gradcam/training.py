@@ -177,7 +177,7 @@ class _Quickest: # a network, or in its place a quicker copy, as long as that do
 
     def __call__(self, x):
         if self.copied is not self.model:
-            try: # a network may write into its input, and then fail; what this one caches in inference mode is lost with it
+            try: # a network may write into its input, and then fail; what the copy caches in this mode is lost with it
                 with torch.inference_mode(): return classify(self.copied, x.clone())
             except Exception: self.copied = self.model
         return classify(self.model, x)
