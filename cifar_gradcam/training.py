@@ -196,7 +196,7 @@ def predict(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
         for x,_ in progress_bar(loader(data, test_transforms(info.mean, info.std), batch_size), 'predict'):
             x = input_for(model, x)
             quick = quick or _Quickest(model, frozen_if_possible(model, x) if len(data) > batch_size else model)
-            out.append(quick(x).float().cpu())
+            out.append(quick(x).detach().float().cpu()) # a network may switch gradients on
     return torch.cat(out)
 
 def evaluate(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
