@@ -7,6 +7,7 @@ __all__ = ['LONGEST', 'plain_text', 'show_images', 'as_uint8', 'read_image', 'in
 
 # %% ../nbs/00b_pictures.ipynb #b1c70004
 import math, textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -18,9 +19,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import resize
 
 # %% ../nbs/00b_pictures.ipynb #559dbbe4
+_AS_WRITTEN = {'text.parse_math': False, 'text.usetex': False} # settings of matplotlib
+
+@contextmanager
 def plain_text(): # A context manager, and a decorator
     "While a figure is made: its texts are drawn as they are, and not taken for mathematics"
-    return matplotlib.rc_context({'text.parse_math': False, 'text.usetex': False})
+    before = {name: matplotlib.rcParams[name] for name in _AS_WRITTEN}
+    matplotlib.rcParams.update(_AS_WRITTEN)
+    try: yield
+    finally: matplotlib.rcParams.update(before) # these alone, for Jupyter sets others when the first figure is made
 
 # %% ../nbs/00b_pictures.ipynb #b6eb425f
 @plain_text()
