@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CMAP', 'SIGNED', 'Table', 'html_image', 'ProgressLines', 'progress_bar', 'eval_mode', 'device_of', 'input_for',
-           'inference_tensors', 'classify']
+           'inference_tensors', 'failing_in_words', 'classify']
 
 # %% ../nbs/00_basics.ipynb #ba51c004
 import base64, ctypes, html, os, sys, threading, time
@@ -198,6 +198,17 @@ def _of_inference(names): # of tensors made in inference mode, if they are known
             "through them. Make or load them outside of it (torch.no_grad does no such harm), "
             "or put a .clone() in their place")
 
+_INPUT_OF = {nn.Conv1d: '(N, C, L)', nn.Conv2d: '(N, C, H, W)', nn.Conv3d: '(N, C, D, H, W)'}
+
+def _first_convolution(model): # its name, and itself; None where there is none
+    return next(((name,m) for name,m in model.named_modules() if type(m) in _INPUT_OF), ('',None))
+
+def _missing_axis(model, images): # is it an image without its first axis? In words
+    name,conv = _first_convolution(model)
+    if not conv or images.ndim > _INPUT_OF[type(conv)].count(','): return []
+    return [f"its first convolution, {name!r}, takes {_INPUT_OF[type(conv)]}, the images have the shape "
+            f"{tuple(images.shape)}; for one image give images[None]"]
+
 def _misfits(model, images, error): # why the model may have refused these images, in words
     if 'nference tensor' in str(error): return [_of_inference(inference_tensors(model))]
     words,(first,*_) = [],[*model.parameters(), None]
@@ -206,11 +217,26 @@ def _misfits(model, images, error): # why the model may have refused these image
                      f"give images.to('{first.device}')")
     if first is not None and first.is_floating_point() and first.dtype != images.dtype:
         words.append(f"its first parameter is {first.dtype}, the images {images.dtype}: give images.to({first.dtype})")
-    conv = next(((name,m) for name,m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
-    if conv and conv[1].in_channels != images.shape[1]:
-        words.append(f"its first convolution, {conv[0]!r}, takes {conv[1].in_channels} channels, "
+    if missing := _missing_axis(model, images): return words + missing
+    name,conv = _first_convolution(model)
+    if conv and conv.in_channels != images.shape[1]:
+        words.append(f"its first convolution, {name!r}, takes {conv.in_channels} channels, "
                      f"the images have {images.shape[1]}")
     return words
+
+@contextmanager
+def failing_in_words(model:nn.Module, # Any model
+                     images:torch.Tensor, # float (N, C, *places): what it is given in the `with` block
+                    ):
+    "Where the model fails since the images do not suit it, a `ValueError` says why; other errors stay as they are"
+    try: yield
+    except (RuntimeError, ValueError) as e:
+        # a hook's `ValueError` has its words
+        words = _misfits(model, images, e) if isinstance(e, RuntimeError) else _missing_axis(model, images)
+        if not words: raise
+        said = str(e).strip().splitlines()[:1]
+        raise ValueError(f"the {type(model).__name__} fails on these images ({''.join(said)}); "
+                         f"{'; '.join(words)}") from e
 
 # %% ../nbs/00_basics.ipynb #ba51c029
 def classify(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
@@ -218,13 +244,7 @@ def classify(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
             )->torch.Tensor: # (N, n_classes)
     """What `model` says of `images`. Raises `ValueError` where it puts out no logits,
     or where it fails and the images do not suit it"""
-    try: out = model(images)
-    except RuntimeError as e: # torch's own; what a hook raises has its words
-        words = _misfits(model, images, e)
-        if not words: raise
-        said = str(e).strip().splitlines()[:1]
-        raise ValueError(f"the {type(model).__name__} fails on these images ({''.join(said)}); "
-                         f"{'; '.join(words)}") from e
+    with failing_in_words(model, images): out = model(images)
     n,tensor = len(images),isinstance(out, torch.Tensor)
     if tensor and n == 1 and out.ndim == 1 and len(out) > 1: out = out[None]
     if tensor and out.ndim == 2 and len(out) == n and out.is_floating_point(): return out
