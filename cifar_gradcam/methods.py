@@ -8,13 +8,17 @@ __all__ = ['METHODS', 'HiResCAM', 'LayerCAM', 'XGradCAM', 'GradCAMPlusPlus', 'Sm
            'GuidedGradCAM']
 
 # %% ../nbs/04f_methods.ipynb #bf8807ac
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .engine import CAMMethod, forward
+from .engine import CAMMethod, are_logits, at_places, forward
 from .gradcam import GradCAM
+from .inputs import inputs_of
+from .result import enlarge
 from .targets import scores_of
 
 # %% ../nbs/04f_methods.ipynb #b0166d18
@@ -35,12 +39,14 @@ class XGradCAM(CAMMethod):
     r"$\sum_k \frac{\sum_{ij} g^k_{ij}A^k_{ij}}{\sum_{ij} A^k_{ij}} A^k$ (Fu et al. 2020, arXiv 2008.02312)"
     def map(self, seen):
         a,g = seen.activations,seen.gradients
-        return (_ratio((g*a).sum((2,3), keepdim=True), a.sum((2,3), keepdim=True))*a).sum(1)
+        weights = _ratio((g*a).flatten(2).sum(2), a.flatten(2).sum(2))
+        return (at_places(weights, a)*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #21d21529
 def _plus_plus(a, g, g2, g3): # activations; first three derivatives of exp(score), without a shared factor
-    alpha = _ratio(g2, 2*g2 + g3*a.sum((2,3), keepdim=True))
-    return ((alpha*g.clamp(min=0)).sum((2,3), keepdim=True)*a).sum(1)
+    alpha = _ratio(g2, 2*g2 + g3*at_places(a.flatten(2).sum(2), a))
+    weights = (alpha*g.clamp(min=0)).flatten(2).sum(2)
+    return (at_places(weights, a)*a).sum(1)
 
 class GradCAMPlusPlus(CAMMethod):
     r"""$\sum_k \left(\sum_{ij} \alpha^k_{ij} \max(0, g^k_{ij})\right) A^k$
@@ -58,14 +64,16 @@ class SmoothGradCAMPlusPlus(CAMMethod):
                  samples:int=8, # Noisy copies, at least 1
                  noise:float=.15, # Standard deviation, as a share of each image's range
                  seed:int=0, # Decides the noise
+                 output=None, # As in `CAMMethod`
                 ):
-        super().__init__(model, layer, fuse, reshape, call)
+        super().__init__(model, layer, fuse, reshape, call, output)
         if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
         self.samples,self.noise,self.seed = samples,noise,seed
 
     def map(self, seen):
         x = seen.images
-        std = self.noise*(x.amax((1,2,3), keepdim=True)-x.amin((1,2,3), keepdim=True))
+        values = x.flatten(1)
+        std = self.noise*(values.amax(1)-values.amin(1)).view(-1, *[1]*(x.ndim-1))
         rng = torch.Generator().manual_seed(self.seed)
         powers = 0
         for _ in range(self.samples):
@@ -80,12 +88,17 @@ class FinerCAM(GradCAM):
     def __init__(self, model, layer=None, fuse='mean', reshape=None, call=None, # As in `CAMMethod`
                  gamma:float=.6, # How much the other classes count
                  n:int=3, # How many others, at least 1; of fewer classes, all
+                 output=None, # As in `CAMMethod`
                 ):
-        super().__init__(model, layer, fuse, reshape, call)
+        super().__init__(model, layer, fuse, reshape, call, output)
         if n < 1: raise ValueError(f"n must be at least 1, got {n}")
         self.gamma,self.n = gamma,n
 
-    def explained(self, logits, target):
+    def explained(self, output, target):
+        if not are_logits(output):
+            raise ValueError("FinerCAM compares an image's classes, and this network puts out something else "
+                             "than logits (N, n_classes); take GradCAM")
+        logits = output
         if logits.shape[1] < 2: raise ValueError("FinerCAM compares classes, and this model has only one; take GradCAM")
         if callable(target):
             raise TypeError("FinerCAM compares classes, so target must be None, an int or N ints; "
@@ -106,15 +119,16 @@ class CAM(CAMMethod):
         return (seen.gradients*seen.activations).sum(1)*seen.activations[0,0].numel()
 
 # %% ../nbs/04f_methods.ipynb #184db815
-def first_component(a:torch.Tensor # (N, K, h, w)
-                   )->torch.Tensor: # (N, h, w)
+def first_component(a:torch.Tensor # (N, K, *places)
+                   )->torch.Tensor: # (N, *places)
     """Each place's K values, projected on the first right singular vector of all places;
     its sign makes the sum positive. Of what is not finite, nan"""
     finite = a.flatten(1).isfinite().all(1)
-    u,s,_ = torch.linalg.svd(a.where(finite[:,None,None,None], 0.).flatten(2).transpose(1,2), full_matrices=False)
-    m = (u[:,:,0]*s[:,:1]).unflatten(1, a.shape[2:])
-    m = m*torch.where(m.sum((1,2), keepdim=True) < 0, -1., 1.)
-    return m.where(finite[:,None,None], torch.nan)
+    rows = a.flatten(2).where(finite[:,None,None], 0.).transpose(1,2) # a row for each place
+    u,s,_ = torch.linalg.svd(rows, full_matrices=False)
+    m = u[:,:,0]*s[:,:1]
+    m = m*torch.where(m.sum(1, keepdim=True) < 0, -1., 1.)
+    return m.where(finite[:,None], torch.nan).unflatten(1, a.shape[2:])
 
 class EigenCAM(CAMMethod):
     r"""$A v_1$, with $v_1$ the first right singular vector of the activations, (places x channels)
@@ -128,16 +142,17 @@ class EigenGradCAM(CAMMethod):
     def map(self, seen):
         product = seen.gradients*seen.activations
         m = first_component(product)
-        agrees = (m*product.sum(1)).sum((1,2), keepdim=True) >= 0
-        return m.where(agrees | m.isnan(), -m)
+        agrees = (m*product.sum(1)).flatten(1).sum(1) >= 0
+        return m.where(agrees.view(-1, *[1]*(m.ndim-1)) | m.isnan(), -m)
 
 # %% ../nbs/04f_methods.ipynb #950c544e
-def _minmax(m): # each map to 0..1; a flat one to 0
-    lo,hi = m.amin((-2,-1), keepdim=True),m.amax((-2,-1), keepdim=True)
+def _minmax(m): # each of (M, N, *places) to 0..1; a flat one to 0
+    values = m.flatten(2)
+    lo,hi = (v.view(*m.shape[:2], *[1]*(m.ndim-2)) for v in (values.amin(2), values.amax(2)))
     return (m-lo)/(hi-lo).clamp(min=1e-8)
 
-def _at_once(size): # images (H, W) in one pass: as many as make half a million pixels, at most 128
-    return max(1, min(128, 2**19//(size[0]*size[1])))
+def _at_once(size): # images of (H, W) places in one pass: as many as make half a million, at most 128
+    return max(1, min(128, 2**19//math.prod(size)))
 
 class ManyPasses(CAMMethod):
     "A method that needs a pass for each channel of the layer"
@@ -145,13 +160,14 @@ class ManyPasses(CAMMethod):
 
     def __init__(self, model, layer=None, fuse='mean', reshape=None, call=None, # As in `CAMMethod`
                  batch_size:int|None=None, # Images in one pass, at least 1; None: 128, or fewer large ones
+                 output=None, # As in `CAMMethod`
                 ):
-        super().__init__(model, layer, fuse, reshape, call)
+        super().__init__(model, layer, fuse, reshape, call, output)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
 
-    def channels_at_once(self, images # (N, C, H, W)
+    def channels_at_once(self, images # (N, C, *size), or `Inputs` of N examples
                         )->int: # For so many channels there is room in one pass: of all images, so at least 1
         return max(1, (self.batch_size or _at_once(images.shape[2:]))//len(images))
 
@@ -161,10 +177,11 @@ class ScoreCAM(ManyPasses):
     def map(self, seen):
         a,x = seen.activations,seen.images
         scores = []
-        for some in self.passes(a.transpose(0,1).split(self.channels_at_once(x))): # (M, N, h, w)
-            masks = _minmax(F.interpolate(some, x.shape[2:], mode='bilinear', align_corners=False))
-            scores.append(seen.scores(forward(seen.model, (masks[:,:,None]*x).flatten(0,1).to(x.dtype), ())))
-        return (torch.cat(scores).softmax(0).T[:,:,None,None]*a).sum(1)
+        for some in self.passes(a.transpose(0,1).split(self.channels_at_once(x))): # (M, N, *places)
+            masks = _minmax(enlarge(some.flatten(0,1), x.shape[2:]).unflatten(0, some.shape[:2]))
+            scores.append(seen.scores(seen.said_of((masks[:,:,None]*x).flatten(0,1).to(x.dtype))))
+        weights = torch.cat(scores).softmax(0).T
+        return (at_places(weights, a)*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #2bb3c8e7
 class AblationCAM(ManyPasses):
@@ -173,14 +190,15 @@ class AblationCAM(ManyPasses):
     def map(self, seen):
         a = seen.activations
         n,k = a.shape[:2]
-        step = self.channels_at_once(seen.images)
+        step = self.channels_at_once(seen.inputs)
         whole = seen.scores(seen.resume(a))
         left = []
         for start in self.passes(range(0, k, step)):
-            off = a.repeat(min(step, k-start),1,1,1).unflatten(0, (-1,n)) # (M, N, K, h, w)
+            off = a[None].repeat(min(step, k-start), *[1]*a.ndim) # (M, N, K, *places)
             for j in range(len(off)): off[j,:,start+j] = 0
             left.append(seen.scores(seen.resume(off.flatten(0,1))))
-        return (_ratio(whole-torch.cat(left), whole.abs()).T[:,:,None,None]*a).sum(1)
+        weights = _ratio(whole-torch.cat(left), whole.abs()).T
+        return (at_places(weights, a)*a).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #008a98c9
 class _Guide(torch.autograd.Function): # hands on a copy; on the way back, only what is positive
@@ -205,14 +223,16 @@ class _GuidedReLUs(TorchFunctionMode): # every ReLU is guided, as a module, a fu
         return x.copy_(guided) if in_place else guided
 
 def guided_backprop(model:nn.Module, # In evaluation mode; with ReLUs
-                    images:torch.Tensor, # (N, C, H, W)
+                    images, # (N, C, H, W), or other input as in `inputs_of`
                     score, # Function of logits (N, n_classes) that gives (N,), as `logit_of(classes)`
+                    output=None, # Which part of what the model puts out, as in `taken`
                    )->torch.Tensor: # float32 (N, C, H, W)
     """The gradient of the score by the image, with each ReLU passing back what is positive
     (Springenberg et al. 2014, arXiv 1412.6806). Raises `ValueError` where no ReLU runs, or no gradient gets through"""
+    inputs = inputs_of(images, model)
     with torch.enable_grad(), _GuidedReLUs() as relus:
-        x = images.detach().clone().requires_grad_()
-        total = scores_of(score, forward(model, x, ())).sum()
+        x = inputs.images.detach().clone().requires_grad_()
+        total = scores_of(score, forward(model, inputs.with_images(x), output=output)).sum()
     if not relus.n: raise ValueError(f"guided backpropagation changes ReLUs, and the {type(model).__name__} runs none: "
                                      "no nn.ReLU, F.relu or torch.relu")
     grad = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
@@ -225,9 +245,9 @@ class GuidedGradCAM(GradCAM):
     r"""The sum over the colours of guided backpropagation times the enlarged $\max(0, \text{Grad-CAM})$
     (Selvaraju et al. 2017, arXiv 1610.02391). One layer; the map has the image's size"""
     def map(self, seen):
-        positive = super().map(seen).clamp(min=0)[:,None]
-        cam = F.interpolate(positive, seen.images.shape[2:], mode='bilinear', align_corners=False)
-        return (guided_backprop(seen.model, seen.images, seen.score)*cam).sum(1)
+        positive = super().map(seen).clamp(min=0)
+        cam = enlarge(positive, seen.images.shape[2:])[:,None]
+        return (guided_backprop(seen.model, seen.inputs, seen.score, seen.output)*cam).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #85cd93d7
 METHODS = {m.__name__: m for m in ( # Every method, by its name

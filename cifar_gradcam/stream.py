@@ -6,7 +6,7 @@
 __all__ = ['stream']
 
 # %% ../nbs/04g_stream.ipynb #1f9e0004
-import copy, itertools, queue
+import copy, itertools, math, queue
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,20 +16,20 @@ import torch
 
 from .basics import classify, device_of, eval_mode, progress_bar
 from .frozen import frozen_if_possible
-from .inputs import check_images, images_of
+from .inputs import batch_inputs, joined
 from .result import CAMResult
 from .targets import class_numbers
 
 # %% ../nbs/04g_stream.ipynb #1f9e0007
-def _batches(loader, target): # pairs of images, and what is to be explained of them
+def _batches(loader, target, model): # pairs of `Inputs`, and what is to be explained of them
     start,size = 0,None
     one_each = target is not None and not callable(target) and np.ndim(target) > 0
     if one_each: target = class_numbers(target)
     for batch in loader:
-        x = check_images(images_of(batch))
+        x = batch_inputs(batch, model)
         size = size or x.shape[1:]
-        if x.shape[1:] != size:
-            raise ValueError("the loader's images must all have one size; "
+        if x.shape[1:] != size and not x.own_sizes:
+            raise ValueError("the loader's images must all have one size, or be in lists; "
                              f"after {tuple(size)} came {tuple(x.shape[1:])}")
         if one_each and start+len(x) > len(target):
             raise ValueError(f"target has {len(target)} entries, and the loader more images")
@@ -39,14 +39,14 @@ def _batches(loader, target): # pairs of images, and what is to be explained of 
         raise ValueError(f"target has {len(target)} entries, and the loader only {start} images")
 
 # %% ../nbs/04g_stream.ipynb #1f9e0010
-def _at_once(size): # images (H, W) in one piece: as many as make half a million pixels
-    return max(1, min(64, 2**19//(size[0]*size[1])))
+def _at_once(size): # images of (H, W) places in one piece: as many as make half a million
+    return max(1, min(64, 2**19//math.prod(size)))
 
-def _pieces(batches, n): # the same images, n at a time
+def _pieces(batches, n): # the same `Inputs`, n examples at a time
     rest = None
     for x,t in batches:
         each = isinstance(t, torch.Tensor) and t.ndim > 0
-        if rest: x,t = torch.cat([rest[0], x]),torch.cat([rest[1], t]) if each else t
+        if rest: x,t = joined(rest[0], x),torch.cat([rest[1], t]) if each else t
         whole = len(x)//n*n
         for i in range(0, whole, n): yield x[i:i+n],t[i:i+n] if each else t
         rest = x[whole:],t[whole:] if each else t
@@ -72,24 +72,24 @@ def _copies(model, images, keep, n): # n of them, quick, sharing weights; or the
 
 # %% ../nbs/04g_stream.ipynb #168edecb
 def stream(cam, # A `CAMMethod`
-           loader, # Batches of images (N, C, H, W) of one size, alone or as in `images_of`, as a `DataLoader` gives
+           loader, # Batches of images (N, C, H, W) of one size, or of other input, as in `batch_inputs`
            target=None, # As for a single batch; one int for each image means each of the whole loader, in its order
           )->CAMResult: # Of all images, on the CPU
     """Explain a whole data set, with a progress bar. A function as `target` gets the loader's batches;
     else their size does not matter"""
-    batches = _batches(progress_bar(loader, type(cam).__name__), target)
+    batches = _batches(progress_bar(loader, type(cam).__name__), target, cam.model)
     first = next(batches, None)
     if first is None: raise ValueError("the loader gave no batch")
-    images = first[0]
-    device = device_of(cam.model, images)
-    cpu,few = device.type == 'cpu',images[:2].to(device)
+    inputs = first[0]
+    device = device_of(cam.model, inputs.first)
+    cpu,few = device.type == 'cpu',inputs[:2].to(device).args # of which a copy of the network can be made
     batches = itertools.chain([first], batches)
-    by_itself = _each_by_itself(cam.model, few)
-    if cpu and by_itself and not callable(target): batches = _pieces(batches, _at_once(images.shape[2:]))
-    names = [name for name,_ in cam.layers_for(images.to(device))]
+    by_itself = inputs.is_one_tensor and cam.output is None and _each_by_itself(cam.model, *few)
+    if cpu and by_itself and not callable(target): batches = _pieces(batches, _at_once(inputs.shape[2:]))
+    names = [name for name,_ in cam.layers_for(inputs.to(device))]
     itself = cam.on(cam.model, names)
     n_copies = torch.get_num_threads() if cpu else 1
-    models = _copies(cam.model, few, names, n_copies) if by_itself else [cam.model]
+    models = _copies(cam.model, *few, names, n_copies) if by_itself else [cam.model]
     free = queue.SimpleQueue() # one for each worker
     for m in models: free.put(itself if m is cam.model else cam.on(m, names))
     amp = dict(device_type=device.type, # the caller's; a thread has its own
@@ -104,7 +104,8 @@ def stream(cam, # A `CAMMethod`
                     worker = itself
                     r = worker(x.to(device), t)
         finally: free.put(worker)
-        return replace(r, raw=r.raw.cpu(), logits=r.logits.cpu(), target=None if r.target is None else r.target.cpu())
+        on_cpu = {name: t.cpu() for name in ('raw','logits','target') if (t := getattr(r, name)) is not None}
+        return replace(r, **on_cpu)
     done,waiting = [],deque()
     one_thread_each = dict(initializer=torch.set_num_threads, initargs=(1,)) if len(models) > 1 else {}
     pool = ThreadPoolExecutor(len(models), **one_thread_each)
