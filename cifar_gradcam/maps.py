@@ -32,6 +32,9 @@ def mean_maps(result:CAMResult, # Maps of N images
               classes=None, # int (N,): the class each map counts for, say the true one; None: the one it explains
              )->torch.Tensor: # float32 (n_classes, h, w), in the units of `result.raw`; nan for a class without maps
     "The mean signed map of each class"
+    if result.logits is None:
+        raise ValueError("mean_maps goes by classes, and the network of these maps puts out something else than "
+                         "logits (N, n_classes)")
     n,k = result.logits.shape
     classes = result.target if classes is None else torch.as_tensor(classes)
     if classes is None:
@@ -47,7 +50,8 @@ def mean_maps(result:CAMResult, # Maps of N images
     raw = result.raw.double()
     classes = classes.long().to(raw.device)
     sums = raw.new_zeros(k, *raw.shape[1:]).index_add(0, classes, raw)
-    return (sums/classes.bincount(minlength=k)[:,None,None]).float()
+    counts = classes.bincount(minlength=k).view(-1, *[1]*(raw.ndim-1))
+    return (sums/counts).float()
 
 # %% ../nbs/05b_maps.ipynb #4edd7973
 def plot_mean_maps(result:CAMResult, # Maps of N images
@@ -206,6 +210,9 @@ def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of 
     """The picture, the map laid over it, and the most probable classes.
     A picture of more than 4 million pixels is drawn smaller"""
     if len(result) != 1: raise ValueError(f"one map is drawn, got {len(result)}: give one of them, as result[:1]")
+    if result.logits is None:
+        raise ValueError("plot_explanation shows the probabilities of classes, and this network puts out something "
+                         "else than logits (N, n_classes): draw overlay(picture, result.heatmaps[0])")
     if len(info.classes) != result.logits.shape[1]:
         raise ValueError(f"the model has {result.logits.shape[1]} classes, and info names {len(info.classes)}: "
                          "give ModelInfo(classes=...), with its mean and std")
