@@ -128,8 +128,8 @@ def for_colab(nb:dict, # Notebook, as `json.load` gives it; the first cell has i
 def skip_long(shell, # IPython's, from `get_ipython()`
               root, # Folder of settings.ini
              )->None:
-    "From now on, leave out the cells that `nbdev_test --flags cifar10` leaves out"
-    flags = set(settings(root)['tst_flags'].split()) - {'cifar10'}
+    "From now on, leave out the cells that `nbdev_test --flags 'cifar10 gallery'` leaves out"
+    flags = set(settings(root)['tst_flags'].split()) - {'cifar10','gallery'}
     def left_out(lines):
         given,_ = directives(''.join(lines))
         if found := [n for n,value in given.items() if n in flags or (n,value) == ('eval','false')]:
