@@ -327,7 +327,7 @@ class _Changes: # of all tensors in a network, in the passes of `_trials`, from 
         numbers = set()
         for key,t in self.original.items():
             if t.ndim == 3 and self.axis.get(key, 0) is None:
-                numbers |= {t.shape[1-axis] for axis in (0,1) if t.shape[axis] == self.n and t.std(1-axis).any()}
+                numbers |= {t.shape[1-axis] for axis in (0,1) if t.shape[axis] == self.n and t.diff(dim=1-axis).any()}
         return numbers
 
     def all(self): # pairs of a key and its Change, in the order of the first pass
