@@ -315,13 +315,14 @@ class _Changes: # of all tensors in a network, in the passes of `_trials`, from 
         for which,(i,passes) in enumerate(_tries(self.n, self.sides) if batch >= 0 else ()):
             if self.k in passes:
                 parts = self.found.setdefault(key, ([],[]))[which]
-                parts.append(self._sums(square.narrow(batch, i, 1), batch, joined))
+                parts.append(self._sums(square.narrow(batch, i, 1), batch))
 
-    def _sums(self, square, batch, joined): # by each axis, and by the places if this is a map
+    def _sums(self, square, batch): # by each axis, and by those that may be the places
         axes = [a for a in range(square.ndim) if a != batch]
         def by(*kept): return square.sum([a for a in range(square.ndim) if a not in kept]).double().cpu().numpy()
-        maps = axes[::len(axes)-1] if len(axes) == self.sides+1 > 2 and not joined else []
-        return {a: by(a) for a in axes},{a: by(*(b for b in axes if b != a)) for a in maps}
+        ends = (len(axes),len(axes)-1) if len(axes) > self.sides > 1 else ()
+        maps = [tuple(axes[end-self.sides:end]) for end in ends]
+        return {a: by(a) for a in axes},{places: by(*places) for places in maps}
 
     def still(self): # numbers of tokens that are the same for every image, but not all the same
         numbers = set()

@@ -8,7 +8,7 @@ __all__ = ['unwrapped', 'find_layer', 'tokens_to_map', 'channels_first', 'kind_o
 
 # %% ../nbs/04a_layers.ipynb #1a9e0004
 import difflib, math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -146,10 +146,12 @@ class Layout:
     first:int=0 # Of tokens: how many come before those of the grid, such as a class token
     grid:tuple|None=None # Of tokens: the places that they are, row by row; None: all other axes are places
     item:int|None=None # Of a tuple or list: the entry
+    joined:int|None=None # How many entries of the first axis are of one image; None: the images have an axis
 
     def __call__(self, out # What the layer puts out
                 )->torch.Tensor: # (N, K, *places), a view
         if self.item is not None: out = out[self.item]
+        if self.joined: out = out.unflatten(0, (-1,self.joined))
         maps = out.movedim((self.batch, self.channels), (0,1))
         if self.grid is None: return maps
         return maps[:,:,self.first:self.first+math.prod(self.grid)].unflatten(2, self.grid)
@@ -213,7 +215,7 @@ class Change:
     "How a tensor changes with the image, squared and added up: all over, then growing along each of P sides"
     batch:int|None # The axis of the images; None: none of them is
     by_axis:dict # Each other axis -> (1+P, R, its length), tried R times
-    by_place:dict # Each axis that may be the channels' -> (1+P, R, *places); empty if there are not P+1 axes
+    by_place:dict # The last P axes, and those before the last, if there are as many -> (1+P, R, *places)
     joined:bool=False # Does that axis hold the rows of all images, one after the other?
 
 class Known:
@@ -228,6 +230,9 @@ class Known:
         if len(grid) == 1 or grid in self.maps or _may_be_of(grid, self.size): return True
         in_a_line = sum(side > 1 for side in grid) < 2
         return _fit(at, grid, 8) > .9 if in_a_line else _is_exact(at, grid)
+
+    def shrinks_to(self, places): # is this a map as large as one before, or smaller than all of them?
+        return places in self.maps or math.prod(places) < min(map(math.prod, self.maps), default=math.inf)
 
     def keep(self, n, first, grid): # n: how many tokens there are
         same = self.rows.setdefault(n, [])
@@ -269,28 +274,44 @@ def arrangement(change:Change, # Of a tensor in the network
     if change.batch is None: return 'odd'
     axes,length = list(change.by_axis),{axis: c.shape[2] for axis,c in change.by_axis.items()}
     if sum(n > 1 for n in length.values()) < 2: return None
+    at = {axis: _looked_at(c) for axis,c in change.by_axis.items()}
+    maps = {axes: (_looked_at(c), tuple(c.shape[2:])) for axes,c in change.by_place.items()}
     by_kind = {'first': axes[0], 'last': axes[-1]}.get(kind)
-    for channels,c in change.by_place.items():
-        at,places = _looked_at(c),tuple(c.shape[2:])
-        least,sure = _CLEAR if by_kind is None else _LIKELY
-        shown = _fit(at, places, sure) > least and (by_kind is not None or known.may_have(places, at))
-        if by_kind is not None: shown = channels == by_kind and (shown or math.prod(places) < 4)
-        if shown:
-            known.maps.add(places)
-            return Layout(change.batch, channels)
-    found = {}
-    for axis in sorted(axes, key=lambda axis: length[axis] not in known.rows): # those known first
-        if length[axis] > 1 and axis != by_kind: found[axis] = _rows(_looked_at(change.by_axis[axis]), known)
-        if isinstance(found.get(axis), tuple) and found[axis][0]: break
-    rows = {axis: r for axis,r in found.items() if isinstance(r, tuple)}
-    if len(rows) > 1: rows = {axis: r for axis,r in rows.items() if r[0]} # as many channels as tokens
-    if change.joined or len(axes) != 2 or not rows:
-        if len(axes) == 2: known.odd |= {length[axis] for axis,r in found.items() if r == 'odd'}
-        return 'odd' if 'odd' in found.values() or change.joined and rows else None # or inside an attention: heads
-    tokens = max(rows, key=lambda axis: rows[axis][0])
-    _,first,grid = rows[tokens]
+    if not change.joined and len(axes) == len(at[axes[0]])+1 > 2:
+        for places,m in maps.items():
+            channels, = set(axes)-set(places)
+            if by_kind in (None,channels) and _is_map(*m, known, by_kind is not None):
+                known.maps.add(m[1])
+                return Layout(change.batch, channels)
+    rows = {axis: _rows(at[axis], known) for axis in axes if length[axis] > 1 and axis != by_kind}
+    rows = {axis: r for axis,r in rows.items() if r}
+    if len(axes) == 2:
+        layout = _of_tokens(change.batch, axes, length, rows, known)
+        return replace(layout, joined=length[axes[0]]) if change.joined and isinstance(layout, Layout) else layout
+    return _of_parts(axes, length, rows, maps, known)
+
+def _is_map(at, places, known, by_kind): # are these the places (P, R, n) of a map?
+    if not by_kind: return _fit(at, places, _CLEAR[1]) > _CLEAR[0] and known.may_have(places, at)
+    if _fit(at, places, _LIKELY[1]) > _LIKELY[0]: return True # a kind need only show no other order, unless it grows
+    return known.shrinks_to(places) and np.nanmean(at) < 1 and not _are_apart(at)
+
+def _of_tokens(batch, axes, length, rows, known): # a `Layout`, None or 'odd'
+    clear = {axis: r for axis,r in rows.items() if r != 'odd'}
+    if len(clear) > 1: clear = {axis: r for axis,r in clear.items() if r[0]} # as many channels as tokens
+    if not clear:
+        known.odd |= {length[axis] for axis,r in rows.items() if r == 'odd'}
+        return 'odd' if 'odd' in rows.values() else None
+    tokens = max(clear, key=lambda axis: clear[axis][0])
+    _,first,grid = clear[tokens]
     known.keep(length[tokens], first, grid)
-    return Layout(change.batch, sum(axes)-tokens, first, grid)
+    return Layout(batch, sum(axes)-tokens, first, grid)
+
+def _of_parts(axes, length, rows, maps, known): # None, if this is the inside of a layer, or 'odd'
+    if not rows: return None
+    if len(axes) > 2 and all(length[axis] in known.rows for axis in rows): return None # of heads, or of pairs of tokens
+    for places,(at,grid) in maps.items(): # maps of heads
+        if set(rows) <= set(places) and _fit(at, grid, _CLEAR[1]) > _CLEAR[0]: return None
+    return 'odd'
 
 # %% ../nbs/04a_layers.ipynb #1a9e0021
 class ShapeError(ValueError): "A layer's output is no map"
