@@ -65,6 +65,11 @@ def _unfused(): # a transformer's layers call their parts
     torch.backends.mha.set_fastpath_enabled(False)
     return lambda: torch.backends.mha.set_fastpath_enabled(was)
 
+def _step_by_step(): # attention, which can't be differentiated twice where it is fused
+    kernel = sdpa_kernel(SDPBackend.MATH)
+    kernel.__enter__()
+    return lambda: kernel.__exit__(None, None, None)
+
 # %% ../nbs/04e_engine.ipynb #1e9e0013
 @contextmanager
 def undisturbed(model:nn.Module # In whatever state
@@ -810,7 +815,7 @@ class CAMMethod:
     def _hessian_times(self, module, tap, score, inputs):
         def product(direction):
             again = Tap(tap.as_map, self.call)
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH): # fused attention can't be differentiated twice
+            with torch.no_grad(), _while_needed(_step_by_step):
                 out = forward(self.model, inputs, [(module, again)], self.output)
                 return hessian_product(scores_of(score, out).sum(), again, direction).detach()
         return product

@@ -18,8 +18,9 @@ from torch import nn
 from .analysis import Predictions, predictions
 from .basics import html_image, input_for, CMAP, SIGNED
 from .data import ImageSet
-from .engine import Hook, forward, last_layer, undisturbed
+from .engine import CAMMethod, Hook, forward, last_layer, undisturbed
 from .layers import AsMap, ShapeError, find_layer, unwrapped
+from .many_layers import WinsorCAM
 from .methods import METHODS
 from .model import ModelInfo
 from .pictures import plain_text
@@ -89,6 +90,7 @@ class Explorer:
         self._make_controls(w, names)
         self._offer()
         self._begin()
+        self._fit_controls()
         self._show()
         self._listen()
 
@@ -109,14 +111,34 @@ class Explorer:
                                  style=label, layout={'width':'420px'})
         self.previous,self.next = (w.Button(description=d, layout={'width':'90px'}) for d in ('previous','next'))
         self.words,self.picture = w.HTML(),w.HTML()
-        rows = (self.actual, self.predicted), (self.method, self.layer), (self.place, self.previous, self.next)
+        self.percentile = w.IntSlider(description='percentile', value=99, min=0, max=100, continuous_update=False,
+                                      style=label, layout={'width':'420px'})
+        rows = ((self.actual, self.predicted), (self.method, self.layer, self.percentile),
+                (self.place, self.previous, self.next))
         self.box = w.VBox([*map(w.HBox, rows), self.words, self.picture])
 
     def _listen(self): # from here on, a control that is moved changes what is shown
-        for control in (self.actual, self.predicted, self.method, self.layer, self.place):
+        for control in (self.actual, self.predicted, self.method, self.layer, self.percentile, self.place):
             control.observe(self._changed, 'value')
         self.previous.on_click(lambda _: self._step(-1))
         self.next.on_click(lambda _: self._step(1))
+
+    def _fit_controls(self): # only those that the method has a use for are shown
+        for control,used in ((self.layer, not self._chooses_layers), (self.percentile, self._slides)):
+            control.layout.display = None if used else 'none'
+
+    @property
+    def _chooses_layers(self)->bool: # Does the method take several layers, its own?
+        return METHODS[self.method.value].own_layers is not CAMMethod.own_layers
+
+    @property
+    def _slides(self)->bool: # Has the method a percentile?
+        return METHODS[self.method.value] is WinsorCAM
+
+    @property
+    def _asked(self)->str: # The method and where it looks, in words
+        percentile = f' with percentile {self.percentile.value}' if self._slides else ''
+        return f'{self.method.value}{percentile} at {"its own layers" if self._chooses_layers else self.layer.value}'
 
     def _offer(self): # the classes that the actual one is taken for, the most frequent mistake chosen
         k = self.actual.value
@@ -137,6 +159,7 @@ class Explorer:
         try:
             if change.owner is self.actual: self._offer()
             if change.owner in (self.actual, self.predicted): self._begin()
+            if change.owner is self.method: self._fit_controls()
             self._show()
         finally: self._silent = False
 
@@ -159,7 +182,8 @@ class Explorer:
         return says,next(k for k in ranked if k != says)
 
     def _make_maps(self): # as `maps` gives them
-        cam = METHODS[self.method.value](self.model, self.layer.value)
+        options = {'percentile': self.percentile.value} if self._slides else {}
+        cam = METHODS[self.method.value](self.model, None if self._chooses_layers else self.layer.value, **options)
         x = self._input(self.p.data.images[self.number])
         def explain(target):
             try: return cam(x, target)
@@ -172,7 +196,7 @@ class Explorer:
     @property
     def maps(self)->tuple: # Of each a `CAMResult`, or a text that says why there is none
         "For the predicted class, for the other one, and for the first rather than the second"
-        key = self.number,self.method.value,self.layer.value
+        key = self.number,self._asked
         if key not in self._made: self._made[key] = self._make_maps()
         return self._made[key]
 
@@ -186,7 +210,7 @@ class Explorer:
         size = next((f', {m.raw.shape[1]} x {m.raw.shape[2]}' for m in maps if not isinstance(m, str)), '')
         names = *(f'for {p.data.classes[k]}' for k in self.pair),'contrast'
         found = '; '.join(f'{name}: {say(m)}' for name,m in zip(names, maps))
-        return f'{where}: {what}. {self.method.value} at {self.layer.value}{size}; {found}'
+        return f'{where}: {what}. {self._asked}{size}; {found}'
 
     @plain_text()
     def figure(self): # The matplotlib figure
@@ -240,7 +264,7 @@ class Explorer:
         ax.set_xlabel('probability, %', fontsize=8)
 
     def _show(self):
-        self.words.value = f'{self.method.value} at {self.layer.value} is at work ...'
+        self.words.value = f'{self._asked} is at work ...'
         png = BytesIO()
         try: words,fig = repr(self),self.figure()
         except Exception as e: # a browser would show nothing of it

@@ -68,7 +68,8 @@ class Inputs:
         if not self.own_sizes: return next(t for t in tree_leaves((self.args, self.kwargs)) if _has_places(t))
         sizes = {tuple(t.shape) for t in self.args[0]}
         if len(sizes) == 1: return torch.stack(self.args[0])
-        raise ValueError(f"this needs images of one size, and these are {' and '.join(map(str, sorted(sizes)))}")
+        raise ValueError(f"this needs images of one size, and these are {' and '.join(map(str, sorted(sizes)))}: "
+                         "give images of one size, or one image at a time")
 
     @property
     def shape(self)->tuple:
