@@ -24,9 +24,9 @@ from .basics import progress_bar
 from .corruptions import plot_robustness, robustness
 from .data import cifar10, holdout, load_data, shapes
 from .files import write_atomically
-from .gradcam import GradCAM
-from .layers import find_layer
-from .maps import explain_picture, plot_explanation
+from .engine import CAMMethod
+from .maps import OF_NO_CLASS, explain_picture, plot_explanation
+from .methods import METHODS
 from .model import PRETRAINED, load_model, save_model
 from .pictures import plain_text, read_image
 from .report import write_report
@@ -248,27 +248,39 @@ def _save_explanation(path, picture, result, info, name): # name: of the picture
         fig.savefig(path, dpi=150)
     plt.close(fig)
 
+# %% ../nbs/06a_commands.ipynb #d1a00002
+def _method(model, name, layer): # the `CAMMethod`; layer: one name or several, separated by commas, or None
+    if name not in METHODS: raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
+    Method = METHODS[name]
+    if layer is not None: return Method(model, [one.strip() for one in layer.split(',')])
+    chooses = Method.own_layers is not CAMMethod.own_layers
+    return Method(model, None if chooses else 'layer4')
+
 # %% ../nbs/06a_commands.ipynb #8e1f851e
 def explain_images(images, # Paths of pictures, or one path
                    path=PRETRAINED, # File that `save_model` wrote
                    out='.', # Folder for the PNG files
-                   layer:str='layer4', # Dotted name of the layer
+                   layer:str|None=None, # Dotted name, or several with commas; None: layer4, or the method's own
                    target:str|None=None, # Name or number of the class to explain; None: the predicted one
+                   method:str='GradCAM', # Name of the method, as in `methods.METHODS`
                   )->list: # The files that were written
     """Predict and explain pictures; write `<picture>_cam.png` for each.
     If some cannot be read, none is written: raises `FileNotFoundError` or `ValueError`, which names all of them"""
     pictures = [Path(images)] if isinstance(images, (str,Path)) else [*map(Path, images)]
     model,info = load_model(path)
-    find_layer(model, layer) # a wrong name is found before any work is done
+    cam = _method(model, method, layer) # a wrong name is found before any work is done
     target = _class_number(target, info.classes)
     _must_be_readable(pictures)
-    cam,files = GradCAM(model, layer),_map_files(pictures, _made(out))
+    files = _map_files(pictures, _made(out))
     for f,file in zip(pictures, files):
         picture = read_image(f)
         r = explain_picture(cam, picture, info, target)
         prob = r.logits[0].softmax(0)
         top = ', '.join(f'{info.classes[i]} {100*prob[i]:.1f} %' for i in prob.argsort(descending=True)[:3].tolist())
         _save_explanation(file, picture, r, info, f.name)
-        note = '' if r.status[0]=='ok' else f' (the map is {r.status[0]})'
+        notes = [] if r.status[0] == 'ok' else [f'the map is {r.status[0]}']
+        if target is not None and method in OF_NO_CLASS:
+            notes.append(f'{method} knows no class, so the target changes nothing')
+        note = f" ({'; '.join(notes)})" if notes else ''
         print(f'{f}: {top}{note} -> {file}')
     return files
