@@ -70,7 +70,7 @@ def _options_of_benchmark(c):
                            'of torch, OpenVINO and onnxruntime, instead of training; in 32 bits and in bfloat16 '
                            '(on the CPU; needs the extra `bench`, and minutes)')
     c.add_argument('--quick', action='store_true',
-                   help='with --peers: rough numbers within a minute, of batches of 1 and 64, without memory')
+                   help='with --peers: rough numbers in about a minute, of batches of 1 and 64, without memory')
     _option_device(c)
 
 # %% ../nbs/06_cli.ipynb #60e5b78a

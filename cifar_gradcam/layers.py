@@ -259,10 +259,10 @@ def _rows(at, known): # of places (P, R, n): fit, tokens before the grid, grid; 
     if len(before) == 1 and not apart and n not in known.still: return 0.,*before[0] # all have seen all
     if n not in known.odd and (n < 32 or _goes_on(at)): # where many do not, there can be no rows
         moving = np.flatnonzero(looks)
-        options = {(int(moving[0]), int(moving[-1]+1-moving[0]))}
-        if len(at) > 1: # the rows and columns tell where they begin; of a signal they don't
-            options |= {(first, n-first) for first in {0, 1, *(f for same in known.rows.values() for f,_ in same)}}
-        grids = [(first, grid) for first,m in options for grid in _grids(m, len(at))]
+        first,m = int(moving[0]),int(moving[-1]+1-moving[0])
+        grids = [(first, grid) for grid in _grids(m, len(at))]
+        for other in {0, 1, *(f for same in known.rows.values() for f,_ in same)}: # rows and columns tell where they
+            grids += [(other, grid) for grid in _grids(n-other, len(at)) if max(grid) < n-other] # begin; a line doesn't
         if best := best_of([g for g in grids if known.may_have(g[1], cut(*g))], *_CLEAR): return best
     return 'odd' if apart else None
 
