@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['mean_over_places', 'at_places', 'undisturbed', 'Hook', 'forward', 'are_logits', 'Tap', 'gradients', 'hessian_product',
-           'layouts', 'last_layer', 'last_map', 'layers_with_maps', 'Head', 'linear_head', 'Seen', 'CAMMethod']
+           'tried_on_few', 'hookable_parts', 'layouts', 'last_layer', 'last_map', 'layers_with_maps', 'Head',
+           'linear_head', 'Seen', 'CAMMethod']
 
 # %% ../nbs/04e_engine.ipynb #1e9e0004
 import copy, sys, threading, warnings
@@ -271,9 +272,9 @@ def _used(out, taps): # names of the taps whose maps the output depends on
 # %% ../nbs/04e_engine.ipynb #1e9e0041
 def _made_finite(t): return t.nan_to_num(0,0,0) if t.is_floating_point() else t
 
-def _tried(f, # Function of `Inputs`: what is to be found out
-           inputs:Inputs, # N examples
-          ): # What `f` gives
+def tried_on_few(f, # Function of `Inputs`: what is to be found out
+                 inputs:Inputs, # N examples
+                ): # What `f` gives
     "`f` of two finite examples, or of all, where it fails for two"
     finite = inputs.finite.nonzero()[:2,0]
     few = inputs[finite] if len(finite) == min(2, len(inputs)) else inputs[:2].all(_made_finite)
@@ -379,11 +380,13 @@ class _Compare(Hook): # gives what a module takes and puts out to `changes`, wit
         self.calls += 1
 
 # %% ../nbs/04e_engine.ipynb #1e9e0054
-def _hookable(model): # names and modules
+def hookable_parts(model:nn.Module # Any network
+                  )->list: # Pairs of a dotted name and a module
+    "The parts of a network on which hooks can look: all but what is scripted or traced"
     return [(name,m) for name,m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule)]
 
 def _arranged(model, inputs, output): # name of a layer -> what `arrangement` says of it, each time that it runs
-    changes,parts = _Changes(inputs.shape),dict(_hookable(model))
+    changes,parts = _Changes(inputs.shape),dict(hookable_parts(model))
     hooks = [(m,_Compare(name, changes)) for name,m in parts.items()]
     with undisturbed(model):
         forward(model, inputs, hooks, output)
@@ -402,7 +405,7 @@ def layouts(model:nn.Module, # Any network
             output=None, # As in `taken`
            )->dict: # Dotted name -> `Layout`, or 'odd' where places are there, in no order of rows and columns
     "How the output of each layer that has places is arranged, as far as that can be seen by trying"
-    found = _tried(lambda some: _arranged(model, some, output), inputs_of(images, model))
+    found = tried_on_few(lambda some: _arranged(model, some, output), inputs_of(images, model))
     return {name: same[0] for name,same in found.items() if len(set(same)) == 1 and same[0]}
 
 # %% ../nbs/04e_engine.ipynb #4782d2ec
@@ -421,7 +424,7 @@ def last_map(model:nn.Module, # As in `last_layer`
              output=None, # The same
             ): # Dotted name, and its `Layout`, if it needs one
     "The last layer with a map, and how its output is arranged. Raises `ValueError` as `last_layer` does"
-    return _tried(lambda some: _last_map(model, some, reshape, output), inputs_of(images, model))
+    return tried_on_few(lambda some: _last_map(model, some, reshape, output), inputs_of(images, model))
 
 def _last_map(model, inputs, reshape, output):
     try: return _last_of(model, inputs, reshape, output),None
@@ -447,7 +450,7 @@ def _only_linear(module): # is all that it has learned in linear layers, with ba
 
 def _last_of(model, inputs, reshape, output, tried=None): # tried: name -> what is known by trying; None: nothing was
     done = {} # filled by the hooks
-    named = _hookable(model)
+    named = hookable_parts(model)
     with_weights = [(name,m) for name,m in named if m.state_dict()] or named # quantized ones have no parameters
     if tried is not None: with_weights = [(name,m) for name,m in with_weights if tried.get(name)]
     def as_map(name, m):
@@ -497,11 +500,11 @@ def layers_with_maps(model:nn.Module, # Any network
                      output=None, # As in `taken`
                     )->dict: # Dotted name -> places of its map, (h, w); in the order in which the layers are done
     "The layers that run once, have a map larger than 1 x 1, and on which what the network puts out depends"
-    return _tried(lambda some: _with_maps(model, some, kinds, reshape, output), inputs_of(images, model))
+    return tried_on_few(lambda some: _with_maps(model, some, kinds, reshape, output), inputs_of(images, model))
 
 def _with_maps(model, inputs, kinds, reshape, output):
     done = {}
-    named = [(name,m) for name,m in _hookable(model) if isinstance(m, kinds)]
+    named = [(name,m) for name,m in hookable_parts(model) if isinstance(m, kinds)]
     watches = [(m, _Watch(AsMap(name, m, inputs.shape, reshape), done)) for name,m in named]
     with undisturbed(model):
         out = forward(model, inputs, watches, output)
@@ -549,7 +552,7 @@ def linear_head(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     "Is what follows `layer` an average over the map and one linear layer?"
     model = unwrapped(model)
     name,module = find_layer(model, layer)
-    try: return _tried(lambda some: _linear_head(model, name, module, some, output), inputs_of(images, model))
+    try: return tried_on_few(lambda some: _linear_head(model, name, module, some, output), inputs_of(images, model))
     except (RuntimeError, ValueError): # no map, weights of 16 bits outside of autocast ...
         return False # the general way says what is wrong
 

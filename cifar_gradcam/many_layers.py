@@ -16,8 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .engine import (CAMMethod, Hook, _hookable, _tried, are_logits, forward, layers_with_maps,
-                                  mean_over_places, undisturbed)
+from .engine import (CAMMethod, Hook, are_logits, forward, hookable_parts, layers_with_maps,
+                                  mean_over_places, tried_on_few, undisturbed)
 from .gradcam import GradCAM
 from .inputs import Inputs, inputs_of
 from .layers import find_layer
@@ -156,7 +156,7 @@ class FullGrad(AllAtOnce):
 
     def own_layers(self, inputs):
         names = []
-        for name,shapes in _tried(lambda some: _with_biases(self.model, some, self.output), inputs).items():
+        for name,shapes in tried_on_few(lambda some: _with_biases(self.model, some, self.output), inputs).items():
             if isinstance(self.model.get_submodule(name), nn.Linear):
                 if len(shapes[0]) > 2 and not self.layers: raise ValueError(self._not_all(name))
             elif shapes[0][2:].numel() > 1:
@@ -304,7 +304,7 @@ class _Finished(Hook): # notes which module is done first after each attention
 def _attentions(model, inputs, output): # which module was done first after each; what was seen of them
     attention,first = _Attention(),[]
     with undisturbed(model), attention:
-        forward(model, inputs, [(m, _Finished(name, attention, first)) for name,m in _hookable(model)], output)
+        forward(model, inputs, [(m, _Finished(name, attention, first)) for name,m in hookable_parts(model)], output)
     return first,attention.maps,attention.oblong
 
 # %% ../nbs/04fa_many_layers.ipynb #4fa00084
@@ -346,7 +346,7 @@ def transformer_layers(model:nn.Module, # A vision transformer
                        output=None, # As in `taken`
                       )->list: # Dotted names, in the order in which they run
     "The layers of a transformer, one for each attention. Raises `ValueError` where there are none"
-    return _tried(lambda some: _transformer_layers(model, some, output), inputs_of(images, model))
+    return tried_on_few(lambda some: _transformer_layers(model, some, output), inputs_of(images, model))
 
 def _transformer_layers(model, inputs, output):
     first,maps,oblong = _attentions(model, inputs, output)
