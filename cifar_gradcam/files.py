@@ -21,23 +21,23 @@ def _sync_folder(folder): # on Windows a folder cannot be opened, nor need it be
     finally: os.close(fd)
 
 def write_atomically(path, # Where to; folders are made if need be
-                     data:bytes, # What
+                     data, # What: bytes, or pieces of them one after the other, which need not be held all at once
                      keep=None): # Where the old file goes; None: it is replaced
     "Write a file so that whoever looks finds the old one or the new one, whole. Raises `OSError`, as on a full disk"
-    path = Path(path)
+    path,whole = Path(path),isinstance(data, bytes)
     part = path.with_name(path.name+'.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open('wb') as f:
-            f.write(data)
+            for piece in [data] if whole else data: f.write(piece)
             f.flush()
             os.fsync(f.fileno())
         if keep is not None and path.exists(): os.replace(path, keep)
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as e: # the same kind of error, with what one wants to know
-        raise OSError(e.errno, f"cannot write '{path}' ({len(data):,} bytes): {e.strerror}; "
-                               "what was there before is as it was") from e
+        size = f' ({len(data):,} bytes)' if whole else ''
+        raise OSError(e.errno, f"cannot write '{path}'{size}: {e.strerror}; what was there before is as it was") from e
     finally:
         try: part.unlink(missing_ok=True)
         except OSError: pass # its folder is none, or not ours
