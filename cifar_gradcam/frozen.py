@@ -6,10 +6,11 @@
 __all__ = ['PRECISIONS', 'Winograd', 'Strided', 'quicker_in', 'frozen', 'frozen_if_possible']
 
 # %% ../nbs/02b_frozen.ipynb #136c5071
-import copy
+import copy, threading, weakref
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 import torch.fx
 from torch import nn
@@ -36,22 +37,21 @@ def _transformed(weight): # (K, C, 3, 3) -> (36, C, K)
 
 def _shaped(workspace, *shape): return workspace[:torch.Size(shape).numel()].view(shape)
 
-def _both_ways(m, t, one, two): # (n, 6) times (6, 6, L), by rows and then by columns
-    # one, two: workspaces; the second one is handed on, as (n, n, L)
-    n,s = m.shape
-    rows = torch.mm(m, t.view(s,-1), out=_shaped(one, n, s*t.shape[2]))
-    return torch.bmm(m.expand(n,n,s), rows.view(n,s,-1), out=_shaped(two, n, n, t.shape[2]))
+def _by_rows_and_columns(m, t, one, two): # (6, 6) times (6, 6, L): workspace `two`, as (6, 6, L)
+    rows = torch.mm(m, t.view(6,-1), out=_shaped(one, 6, 6*t.shape[2]))
+    return torch.bmm(m.expand(6,6,6), rows.view(6,6,-1), out=_shaped(two, 6, 6, t.shape[2]))
 
-def _convolve(x, u, bias): # (N, C, h, w) and filters from `_transformed` -> (N, K, h, w), channels last
+def _convolve(x, u, bias, empty): # (N, C, h, w) and filters from `_transformed` -> (N, K, h, w), channels last
+    # empty: function of a shape that gives memory for it
     (n,c,h,w),k = x.shape,u.shape[2]
     th,tw = -(-h//4),-(-w//4) # tiles
-    b,a = _B.to(x),_A.to(x)
-    out = torch.empty(n, k, 4*th, 4*tw, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    blocks = out.permute(0,2,3,1).view(n, th, 4, tw, 4, k)
+    b,a = _B.to(x),torch.kron(_A, _A).to(x) # (6, 6), (16, 36)
+    out = empty(n, 4*th, 4*tw, k)
+    blocks = out.view(n, th, 4, tw, 4, k)
     tiles = max(_WORKSPACE//4, u.numel())//(36*(c+k)) # in one round
     images,rows = max(1, tiles//(th*tw)),min(th, max(1, tiles//tw))
     images = -(-n//-(-n//images)) # rounds of one size
-    one,two = (x.new_empty(36*images*rows*tw*max(c,k)) for _ in range(2))
+    one,two = (empty(36*images*rows*tw*max(c,k)) for _ in range(2))
     padded = x.new_zeros(images, 4*th+2, 4*tw+2, c)
     for i in range(0, n, images):
         some = padded[:n-i]
@@ -61,22 +61,49 @@ def _convolve(x, u, bias): # (N, C, h, w) and filters from `_transformed` -> (N,
             d = windows[:,:,:,r:r+rows]
             size = d.shape[2:5].numel()
             d = _shaped(one, *d.shape).copy_(d)
-            v = _both_ways(b, d.view(6, 6, size*c), two, one)
+            v = _by_rows_and_columns(b, d.view(6, 6, size*c), two, one)
             m = torch.bmm(v.view(36,size,c), u, out=_shaped(two, 36, size, k))
             if bias is not None: m[7] += bias # place (1, 1)
-            y = _both_ways(a, m.view(6, 6, size*k), one, two)
+            y = torch.mm(a, m.view(36, size*k), out=_shaped(one, 16, size*k))
             blocks[i:i+images,r:r+rows] = y.view(4, 4, len(some), -1, tw, k).permute(2,3,0,4,1,5)
-    return out if (h,w) == out.shape[2:] else out[:,:,:h,:w].clone(memory_format=torch.channels_last)
+    if (h,w) != (4*th,4*tw): out = out[:,:h,:w].contiguous()
+    return _no_view(out.permute(0,3,1,2))
+
+def _no_view(t): # the same memory, in a tensor that torch lets others write into, also where there are gradients
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+# %% ../nbs/02b_frozen.ipynb #02bf0012
+_IDLE = 2**27 # Bytes of memory to keep for later, at most
+
+class _Memory:
+    "For results in float32: a block is taken again when no tensor lies in it any more"
+    def __init__(self): self.blocks,self.lock = [],threading.Lock() # pairs of an array and a weak reference to its view
+
+    def __deepcopy__(self, memo): return _Memory() # a copy of a network has results of its own
+
+    def empty(self, *shape): # a tensor of whatever numbers
+        n = torch.Size(shape).numel()
+        with self.lock:
+            idle = [k for k,(_,held) in enumerate(self.blocks) if held() is None]
+            found = next((k for k in idle if self.blocks[k][0].size == n), None)
+            if found is None:
+                if sum(self.blocks[k][0].nbytes for k in idle) > _IDLE:
+                    self.blocks = [block for k,block in enumerate(self.blocks) if k not in idle]
+                array = np.empty(n, np.float32)
+            else: array,_ = self.blocks.pop(found)
+            view = array[:] # the tensor holds it, and no one else
+            self.blocks.append((array, weakref.ref(view)))
+            return torch.from_numpy(view).view(shape)
 
 # %% ../nbs/02b_frozen.ipynb #a29dc484
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, conv):
         ctx.conv = conv
-        return _convolve(x, conv.transformed, conv.bias)
+        return _convolve(x, conv.transformed, conv.bias, conv.memory.empty)
 
     @staticmethod
-    def backward(ctx, grad): return _convolve(grad, ctx.conv.turned, None),None
+    def backward(ctx, grad): return _convolve(grad, ctx.conv.turned, None, ctx.conv.memory.empty),None
 
 class _Otherwise(nn.Conv2d): # a 3 x 3 convolution with padding 1 that is computed in another way
     step = 1 # its stride
@@ -89,6 +116,7 @@ class _Otherwise(nn.Conv2d): # a 3 x 3 convolution with padding 1 that is comput
         super().__init__(conv.in_channels, conv.out_channels, 3, self.step, padding=1, bias=False, device='meta')
         self.weight,self.bias = conv.weight,conv.bias
         self.register_buffer('transformed', None, persistent=False)
+        self.memory = _Memory() # of the whole network, where `frozen` puts it in
         self._transform()
 
     @classmethod
@@ -190,10 +218,13 @@ def _quick(model, keep, dtype=None): # a copy with all that makes it quicker; dt
     if graph: _fold(quick, graph, keep)
     if dtype: _narrow(quick, keep, dtype)
     else: quick.to(memory_format=torch.channels_last) # before filters are made of the weights
+    memory = _Memory()
     for name,m in list(quick.named_modules()):
         other = next((kind for kind,least in _QUICKER.items() if kind.fits(m) and min(m.weight.shape[:2]) >= least), None)
         if not other or _hooked(m): continue
-        if m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu': _put(quick, name, other(m))
+        if m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu':
+            _put(quick, name, other(m))
+            quick.get_submodule(name).memory = memory
     return quick
 
 # %% ../nbs/02b_frozen.ipynb #f2160002
