@@ -524,7 +524,7 @@ def _into_folder(cam, loader, target, folder, precision): # the steps of `stream
 def stream(cam, # A `CAMMethod`
            loader, # Batches of images (N, C, H, W) of one size, or of other input, as in `batch_inputs`
            target=None, # As for a single batch; one int for each image means each of the whole loader, in its order
-           folder=None, # Where the maps are written as they come, and a run goes on that was interrupted; None: nowhere
+           folder=None, # Where the maps are written as they come, and an interrupted run is resumed; None: nowhere
            precision:str|None=None, # 'bfloat16' or 'float16': convolutions in 16 bits, where that is quicker
           )->CAMResult: # Of all images, on the CPU
     """Explain a whole data set, with a progress bar. A function as `target` gets the loader's batches;
