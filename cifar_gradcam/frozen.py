@@ -220,10 +220,10 @@ def _quick(model, keep, dtype=None): # a copy with all that makes it quicker; dt
     else: quick.to(memory_format=torch.channels_last) # before filters are made of the weights
     memory = _Memory()
     for name,m in list(quick.named_modules()):
-        other = next((kind for kind,least in _QUICKER.items() if kind.fits(m) and min(m.weight.shape[:2]) >= least), None)
-        if not other or _hooked(m): continue
+        fitting = [kind for kind,least in _QUICKER.items() if kind.fits(m) and min(m.weight.shape[:2]) >= least]
+        if not fitting or _hooked(m): continue
         if m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu':
-            _put(quick, name, other(m))
+            _put(quick, name, fitting[0](m))
             quick.get_submodule(name).memory = memory
     return quick
 

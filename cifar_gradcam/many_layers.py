@@ -149,8 +149,8 @@ def _with_biases(model, inputs, output): # dotted name -> the shape of what a la
 # %% ../nbs/04fa_many_layers.ipynb #4fa00093
 class FullGrad(AllAtOnce):
     r"""$\psi(x \odot \nabla_x s) + \sum_l \sum_{c \in l} \psi(b_c\, g^c)$ over all convolutions and batch norms $l$
-    with a map, where $\psi$ takes the absolute value, scales to 0..1 and enlarges to the image (Srinivas & Fleuret 2019,
-    arXiv 1905.00780). Its map has no sign. Complete where all is linear or a ReLU. Of layers that are named, only
+    with a map, where $\psi$ takes the absolute value, scales to 0..1 and enlarges to the image (Srinivas & Fleuret
+    2019, arXiv 1905.00780). Its map has no sign. Complete where all is linear or a ReLU. Of layers that are named, only
     the biases inside them are added, and the image"""
     _biases = None # of the network that this one is a copy of, in which batch norms may be folded away
 
