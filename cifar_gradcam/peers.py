@@ -317,7 +317,7 @@ def _measure(b, # Images in a call
     return {name: Rate(name, tuple(r)) for name,r in rates.items()}
 
 # %% ../nbs/studies/peers.ipynb #d2c00034
-QUICK = dict(batch_sizes=(1,64), rounds=1, seconds=.2, n_images=128, n_checked=16, memory=False) # of `compare`
+QUICK = dict(batch_sizes=(1,64), rounds=1, seconds=.2, n_images=384, n_checked=16, memory=False) # of `compare`
 
 def compare(batch_sizes=(1,64,256), # Images in a call, one after the other
             rounds:int=5, # How often each entrant has its turn, at least 1
