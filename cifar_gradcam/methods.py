@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .engine import CAMMethod, are_logits, at_places, forward, layers_with_maps, mean_over_places
 from .gradcam import GradCAM
 from .inputs import inputs_of
-from .many_layers import FullGrad, LeGrad, WinsorCAM, image_sized, joins_by_itself
+from .many_layers import FullGrad, LeGrad, WinsorCAM, image_sized, joins_by_itself, unit_range
 from .result import enlarge
 from .targets import scores_of
 
@@ -279,11 +279,6 @@ class FEM(CAMMethod):
         return (at_places(mean, a)*unusual).sum(1)
 
 # %% ../nbs/04f_methods.ipynb #950c544e
-def _minmax(m): # each of (M, N, *places) to 0..1; a flat one to 0
-    values = m.flatten(2)
-    lo,hi = (v.view(*m.shape[:2], *[1]*(m.ndim-2)) for v in (values.amin(2), values.amax(2)))
-    return (m-lo)/(hi-lo).clamp(min=1e-8)
-
 def _at_once(size): # images of (H, W) places in one pass: as many as make half a million, at most 128
     return max(1, min(128, 2**19//math.prod(size)))
 
@@ -311,7 +306,7 @@ class ScoreCAM(ManyPasses):
         a,x = seen.activations,seen.images
         scores = []
         for some in self.passes(a.transpose(0,1).split(self.channels_at_once(x))): # (M, N, *places)
-            masks = _minmax(enlarge(some.flatten(0,1), x.shape[2:]).unflatten(0, some.shape[:2]))
+            masks = unit_range(enlarge(some.flatten(0,1), x.shape[2:]), x.ndim-2).unflatten(0, some.shape[:2])
             scores.append(self.scores_behind(masks, seen))
         weights = torch.cat(scores).softmax(0).T
         return (at_places(weights, a)*a).sum(1)
