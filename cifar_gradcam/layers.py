@@ -18,13 +18,15 @@ from torch import nn
 # %% ../nbs/04a_layers.ipynb #290fd8ac
 def unwrapped(model:nn.Module # What a user gave
              )->nn.Module: # The network inside, with the same weights
-    """The network inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    """The network inside `torch.compile`, `DataParallel`, `DistributedDataParallel`
+    and every module that has it as `__wrapped__`, as Python's own wrappers do.
     Raises `TypeError` for what is no module"""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(getattr(model, '_orig_mod', None), nn.Module): model = model._orig_mod
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+        elif isinstance(getattr(model, '__wrapped__', None), nn.Module): model = model.__wrapped__
         else: return model
 
 # %% ../nbs/04a_layers.ipynb #1a9e0011

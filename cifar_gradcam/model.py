@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'PRETRAINED', 'resnet18', 'tiny', 'count_flop', 'LayerInfo', 'Summary', 'summary', 'ModelInfo',
-           'save_model', 'load_model']
+           'Classifier', 'as_classifier', 'save_model', 'load_model']
 
 # %% ../nbs/02_model.ipynb #ec453746
 import json
@@ -30,7 +30,8 @@ from .basics import Table, classify, eval_mode, input_for
 from .data import CIFAR10_CLASSES
 from .files import digest, write_atomically
 from .layers import unwrapped
-from .transforms import CIFAR10_MEAN, CIFAR10_STD
+from .pictures import in_channels
+from .transforms import CIFAR10_MEAN, CIFAR10_STD, test_transforms
 
 # %% ../nbs/02_model.ipynb #6eeb9d76
 def resnet18(n_classes:int=10, # Number of classes, at least 1
@@ -42,7 +43,7 @@ def resnet18(n_classes:int=10, # Number of classes, at least 1
         if n_classes != 10:
             raise ValueError("the weights that come with the package are for the 10 classes of CIFAR-10, "
                              f"not for {n_classes}")
-        return load_model(PRETRAINED)[0]
+        return load_model(PRETRAINED).network
     model = torchvision.models.resnet18(num_classes=n_classes)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     # as torchvision does for the other convolutions
@@ -139,6 +140,7 @@ class ModelInfo:
     metrics:dict = field(default_factory=dict) # What it reached
     network:str = 'resnet18' # Its name: a key of `NETWORKS`
     size:int = 32 # Side of the images that it was made for, pixels
+    layer:str|None = None # Dotted name of the layer to explain; None: the last one with a map larger than 1 x 1
 
     @property
     def channels(self)->int: return len(self.mean) # of the images
@@ -152,6 +154,43 @@ class ModelInfo:
             raise ValueError("the metadata of the model has entries that this version does not know: "
                              f"{', '.join(sorted(unknown))}")
         return cls(**{k: tuple(v) if isinstance(v,list) else v for k,v in d.items()})
+
+# %% ../nbs/02_model.ipynb #c1a50002
+class Classifier(nn.Module):
+    "A network and what has to be known about it; called like the network, and unpacked as (network, info)"
+    def __init__(self,
+                 network:nn.Module, # (N, C, H, W) normalised images -> (N, n_classes) logits
+                 info:ModelInfo): # Its classes, normalisation and layer
+        super().__init__()
+        self.network,self.info,self.training = network,info,network.training
+
+    def forward(self, images): return self.network(images)
+    def __iter__(self): return iter((self.network, self.info))
+
+    @property
+    def __wrapped__(self)->nn.Module: return self.network # where `layers.unwrapped` looks
+
+    def prepare(self,
+                pictures # uint8 (N, H, W, 3), or a list of (H, W, 3) or grey (H, W), of one size
+               )->torch.Tensor: # (N, C, H, W), on the network's device
+        "Pictures as the network takes them: in its channels, normalised"
+        if not len(pictures): raise ValueError("there is no picture to prepare")
+        tfm = test_transforms(self.info.mean, self.info.std)
+        fed = [tfm(image=in_channels(p, self.info.channels))['image'] for p in pictures]
+        return input_for(self.network, torch.stack(fed))
+
+# %% ../nbs/02_model.ipynb #c1a50006
+def as_classifier(model:nn.Module, # A `Classifier`, or a network
+                  info:ModelInfo|None=None, # Of a network; of a `Classifier` it takes the place of its own
+                 )->Classifier:
+    "A network with what has to be known about it. Raises `TypeError` for a bare network without `info`"
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, Classifier): return model if info is None else Classifier(model.network, info)
+    if info is None:
+        raise TypeError(f"this {type(model).__name__} is a bare network: what its classes are called and how its images "
+                        "were normalised is not known. Give info=ModelInfo(classes=..., mean=..., std=...), "
+                        "or what load_model gives, which knows it")
+    return Classifier(model, info)
 
 # %% ../nbs/02_model.ipynb #02ed0001
 def _network(model): # what is inside
@@ -246,7 +285,7 @@ def save_model(model:nn.Module, # One of `NETWORKS`; wrapped, compiled, averaged
 # %% ../nbs/02_model.ipynb #fecf1428
 def load_model(path, # File that `save_model` wrote
                device='cpu', # Where to put the model
-              ): # The model, in eval mode, and its `ModelInfo`
+              )->Classifier: # In eval mode; `model, info = load_model(path)` takes it to pieces
     "Load a model. Raises `FileNotFoundError`, or `ValueError` if the file is damaged or something else"
     path = Path(path)
     if path.is_dir(): raise ValueError(f"'{path}' is a folder, not a model file")
@@ -275,7 +314,7 @@ def load_model(path, # File that `save_model` wrote
     try: model.load_state_dict(tensors)
     except RuntimeError as e:
         raise ValueError(f"'{path}' does not hold a {info.network}: {str(e).splitlines()[1].strip()}") from e
-    return model.eval().to(device), info
+    return Classifier(model.eval().to(device), info)
 
 # %% ../nbs/02_model.ipynb #660b677d
 PRETRAINED = files('cifar_gradcam')/'resnet18_cifar10.safetensors' # File of the weights that come with the package

@@ -192,7 +192,9 @@ def chip()->str: # Such as 'Intel(R) Xeon(R) Platinum 8481C, 2 logical cores, wi
     told = re.search(r'^model name\s*:\s*(.+)$', text, re.M)
     name = told[1] if told else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return f'{name}, {cores} logical cores, {_amx(text)}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+    threads = torch.get_num_threads()
+    of_torch = f"{threads} thread{'s'*(threads > 1)}, torch {torch.__version__}"
+    return f'{name}, {cores} logical cores, {_amx(text)}, {of_torch}'
 
 # %% ../nbs/studies/peers.ipynb #d2c00022
 def _versions(): # of the libraries that are installed, in words
