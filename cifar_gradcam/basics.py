@@ -253,5 +253,5 @@ def classify(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
                      "give a module that picks them out of what it puts out")
 
 # %% ../nbs/00_basics.ipynb #ba51c014
-CMAP = 'turbo' # The matplotlib colour map of every heat map
+CMAP = os.environ.get('CIFAR_GRADCAM_CMAP') or 'turbo' # The matplotlib colour map of every heat map
 SIGNED = 'RdBu_r' # The matplotlib colour map of what has a sign: red speaks for, blue against, white is 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_over_places', 'at_places', 'undisturbed', 'Hook', 'forward', 'are_logits', 'Tap', 'gradients', 'hessian_product',
-           'tried_on_few', 'hookable_parts', 'layouts', 'last_layer', 'last_map', 'layers_with_maps', 'Head',
+           'tried_on_few', 'hookable_parts', 'layouts', 'last_map', 'last_layer', 'layers_with_maps', 'Head',
            'linear_head', 'Seen', 'CAMMethod']
 
 # %% ../nbs/04e_engine.ipynb #1e9e0004
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -33,6 +34,7 @@ def mean_over_places(maps:torch.Tensor # (N, K, *places)
     "Each channel's mean"
     return maps.flatten(2).mean(2)
 
+# %% ../nbs/04e_engine.ipynb #0521c432
 def at_places(weights:torch.Tensor, # (N, K)
               maps:torch.Tensor, # (N, K, *places)
              )->torch.Tensor: # (N, K, 1, ...), to be multiplied with `maps`
@@ -61,11 +63,13 @@ def _uncompiled(): # what is compiled runs as it was written
     stance = torch.compiler.set_stance('force_eager')
     return lambda: stance.__exit__(None, None, None)
 
+# %% ../nbs/04e_engine.ipynb #c7967e21
 def _unfused(): # a transformer's layers call their parts
     was = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     return lambda: torch.backends.mha.set_fastpath_enabled(was)
 
+# %% ../nbs/04e_engine.ipynb #96e92cbe
 def _step_by_step(): # attention, which can't be differentiated twice where it is fused
     kernel = sdpa_kernel(SDPBackend.MATH)
     kernel.__enter__()
@@ -106,6 +110,7 @@ def _run(model, inputs, hooks, output): # what is taken of its output, with thes
         for h in handles: h.remove()
     return taken(out, len(inputs), output)
 
+# %% ../nbs/04e_engine.ipynb #cd968fb7
 def forward(model:nn.Module, # In evaluation mode
             inputs, # `Inputs`, or what they are made of, such as images (N, C, H, W)
             hooks=(), # Pairs of a module and a `Hook`
@@ -115,8 +120,8 @@ def forward(model:nn.Module, # In evaluation mode
     Raises `ValueError` if it puts out something that can't be explained"""
     inputs = inputs_of(inputs, model)
     out = _run(model, inputs, hooks, output)
-    if any(h.gradients and h.calls for _,h in hooks) and not torch.is_grad_enabled():
-        # a `with torch.no_grad():` of the network's own, in which a hook had switched them on, has ended meanwhile
+    switched_off = any(h.gradients and h.calls for _,h in hooks) and not torch.is_grad_enabled()
+    if switched_off:
         torch.set_grad_enabled(True)
         out = _run(model, inputs, hooks, output)
     return out
@@ -161,16 +166,19 @@ class Tap(Hook):
         maps = self.as_map(self.out)
         return maps.dequantize() if maps.is_quantized else maps.detach().float()
 
-    def check(self): # the layer must have run, and once, unless it was said which time is meant
-        if self.calls == 0:
-            raise ValueError(f"no call of layer {self.name!r} was seen in the forward pass: the network has no use for "
-                             "it with these images, or uses it without calling it, "
-                             "as layer.forward(x) and fused code do")
-        runs = f"layer {self.name!r} runs {self.calls} times in one forward pass"
-        if self.call is None and self.calls > 1:
-            raise ValueError(f"{runs}, so it has {self.calls} maps; take a module that runs once, "
-                             f"such as the block around it, or say which one is meant with call=0..{self.calls-1}")
-        if self.out is None: raise ValueError(f"{runs}, so call must lie in 0..{self.calls-1}, got {self.call}")
+# %% ../nbs/04e_engine.ipynb #4a8900e3
+@patch
+def check(self:Tap):
+    "Raises `ValueError` unless the layer has run, once, or as often as `call` says"
+    if self.calls == 0:
+        raise ValueError(f"no call of layer {self.name!r} was seen in the forward pass: the network has no use for "
+                         "it with these images, or uses it without calling it, "
+                         "as layer.forward(x) and fused code do")
+    runs = f"layer {self.name!r} runs {self.calls} times in one forward pass"
+    if self.call is None and self.calls > 1:
+        raise ValueError(f"{runs}, so it has {self.calls} maps; take a module that runs once, "
+                         f"such as the block around it, or say which one is meant with call=0..{self.calls-1}")
+    if self.out is None: raise ValueError(f"{runs}, so call must lie in 0..{self.calls-1}, got {self.call}")
 
 # %% ../nbs/04e_engine.ipynb #1e9e0019
 def _not_reached(tap): # in words
@@ -181,25 +189,31 @@ def _not_reached(tap): # in words
             "or is cut off from it by something that torch does not differentiate (detach, "
             "a no_grad block after it, quantized layers, checkpoints with use_reentrant=True)")
 
+# %% ../nbs/04e_engine.ipynb #9fc71c9d
+def _starts_graph(leaf): return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+# %% ../nbs/04e_engine.ipynb #609c5cd7
+def _gradient_of(t, by_tensor): # by_tensor: id of a tensor -> gradient, or None; what is not in it stays
+    if id(t) not in by_tensor: return t
+    return torch.zeros_like(t) if by_tensor[id(t)] is None else by_tensor[id(t)]
+
+# %% ../nbs/04e_engine.ipynb #806df349
 def _derivatives(score, taps, create_graph=False): # of each layer (N, K, *places), or None where nothing reaches it
-    trees = [tree_flatten(t.out) for t in taps]
-    kept = [[t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad] for flat,_ in trees]
-    by = [t for some in kept for t in some]
+    trees = [tree_flatten(tap.out) for tap in taps]
+    kept = [list(filter(_starts_graph, leaves)) for leaves,_ in trees]
+    by = [t for of_tap in kept for t in of_tap]
     try: found = torch.autograd.grad(score, by, allow_unused=True, create_graph=create_graph)
     except (RuntimeError, NotImplementedError) as e:
         raise ValueError(f"torch can't differentiate by the output of layer {taps[0].name!r}: {e}") from e
     by_tensor = {id(t): g for t,g in zip(by, found)}
     maps = []
-    for tap,(flat,form),some in zip(taps, trees, kept):
-        reached = any(by_tensor[id(t)] is not None for t in some)
-        grads = [_gradient_of(t, by_tensor) for t in flat]
+    for tap,(leaves,form),of_tap in zip(taps, trees, kept):
+        reached = any(by_tensor[id(t)] is not None for t in of_tap)
+        grads = [_gradient_of(leaf, by_tensor) for leaf in leaves]
         maps.append(tap.as_map(tree_unflatten(grads, form)).float() if reached else None)
     return maps
 
-def _gradient_of(t, by_tensor): # 0 where nothing depends on it; what is no number stays
-    if id(t) not in by_tensor: return t
-    return torch.zeros_like(t) if by_tensor[id(t)] is None else by_tensor[id(t)]
-
+# %% ../nbs/04e_engine.ipynb #e9cf7b87
 def gradients(score:torch.Tensor, # A number
               taps, # `Tap`s of this pass
               create_graph:bool=False, # Shall the gradients be differentiated once more?
@@ -220,6 +234,12 @@ def hessian_product(score:torch.Tensor, # A number
     slope, = gradients(score, [tap], create_graph=True)
     change = _derivatives((slope*direction).sum(), [tap])[0] if slope.requires_grad else None
     return torch.zeros_like(direction) if change is None else change # none: the slope is the same everywhere
+
+# %% ../nbs/04e_engine.ipynb #95e03851
+def _only_tensor(out): # of what a layer puts out: the tensor, if it is just one, and its place in a tuple or list
+    if isinstance(out, torch.Tensor): return out,None
+    tensors = [(t,k) for k,t in enumerate(out) if isinstance(t, torch.Tensor)] if isinstance(out, (tuple,list)) else []
+    return tensors[0] if len(tensors) == 1 else (None,None)
 
 # %% ../nbs/04e_engine.ipynb #1e9e0023
 class _Watch(Hook): # notes when its layer is done: a tap, if there is a map, or what is wrong with it
@@ -256,22 +276,24 @@ class _Watch(Hook): # notes when its layer is done: a tap, if there is a map, or
 def _mixture(logits): # (n_classes,): the weights of the logits in it, the same every time
     return torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
 
+# %% ../nbs/04e_engine.ipynb #5c9b8796
 def _used(out, taps): # names of the taps whose maps the output depends on
     generator,used = torch.Generator().manual_seed(0),set()
-    def starts(leaf): return isinstance(leaf, torch.Tensor) and leaf.requires_grad # of a graph
-    score = sum((t*torch.randn(t.shape, generator=generator).to(t)).sum() for t in filter(starts, tree_leaves(out)))
-    kept = [(t,leaf) for t in taps for leaf in tree_leaves(t.out) if starts(leaf)]
-    if not kept or not starts(score): return used
-    grads = torch.autograd.grad(score, [leaf for _,leaf in kept], allow_unused=True)
-    found = {id(leaf): torch.zeros_like(leaf) if g is None else g for (_,leaf),g in zip(kept, grads)}
+    def mixture(t): return (t*torch.randn(t.shape, generator=generator).to(t)).sum()
+    score = sum(map(mixture, filter(_starts_graph, tree_leaves(out))))
+    kept = [leaf for tap in taps for leaf in tree_leaves(tap.out) if _starts_graph(leaf)]
+    if not kept or not _starts_graph(score): return used
+    grads = torch.autograd.grad(score, kept, allow_unused=True)
+    by_tensor = {id(leaf): g for leaf,g in zip(kept, grads)}
     for tap in taps:
-        by_map = tap.as_map(tree_map_only(torch.Tensor, lambda leaf: found.get(id(leaf), leaf), tap.out))
+        by_map = tap.as_map(tree_map_only(torch.Tensor, lambda leaf: _gradient_of(leaf, by_tensor), tap.out))
         if tap.gradients and by_map.any(): used.add(tap.name)
     return used
 
 # %% ../nbs/04e_engine.ipynb #1e9e0041
 def _made_finite(t): return t.nan_to_num(0,0,0) if t.is_floating_point() else t
 
+# %% ../nbs/04e_engine.ipynb #d8790177
 def tried_on_few(f, # Function of `Inputs`: what is to be found out
                  inputs:Inputs, # N examples
                 ): # What `f` gives
@@ -293,25 +315,23 @@ def _variants(image, seed): # of (C, *size): changed all over, and more and more
         return change*share.sqrt().reshape([-1] + [1]*(len(size)-1-side)).to(image)
     return [image+change, *(image+growing(side) for side in range(len(size)))]
 
+# %% ../nbs/04e_engine.ipynb #9d4dc0dc
 def _tries(n, sides): # for two tries: the number of the example, and the passes of its variants
     return [(0, range(sides+1)), (1, range(1, sides+2)) if n > 1 else (0, range(sides+1, 2*sides+2))]
 
+# %% ../nbs/04e_engine.ipynb #2bae185a
 def _trials(inputs): # the same input in the passes of `_tries`
     examples = [*inputs.args[0]] if inputs.own_sizes else [*inputs.images]
     tries = [(i, passes, _variants(examples[i], seed))
              for seed,(i,passes) in enumerate(_tries(len(inputs), len(inputs.shape)-2))]
-    for k in range(tries[-1][1].stop):
+    n_passes = tries[-1][1].stop
+    for k in range(n_passes):
         new = [*examples]
         for i,passes,variants in tries:
             if k in passes: new[i] = variants[k-passes.start]
         yield inputs.with_images(new if inputs.own_sizes else torch.stack(new))
 
 # %% ../nbs/04e_engine.ipynb #1e9e0053
-def _only_tensor(out): # of what a layer puts out: the tensor, if it is just one, and its place in a tuple or list
-    if isinstance(out, torch.Tensor): return out,None
-    tensors = [(t,k) for k,t in enumerate(out) if isinstance(t, torch.Tensor)] if isinstance(out, (tuple,list)) else []
-    return tensors[0] if len(tensors) == 1 else (None,None)
-
 class _Changes: # of all tensors in a network, in the passes of `_trials`, from the pass with the images as they are
     def __init__(self, shape): # of the images
         self.n,self.sides,self.k = shape[0],len(shape)-2,-1 # k: the pass
@@ -324,30 +344,6 @@ class _Changes: # of all tensors in a network, in the passes of `_trials`, from 
             square = (t.detach().float()-self.original[key].float()).square()
             if self.k == 0: self.axis[key] = self._images_axis(square)
             if self.axis.get(key): self._add(key, square)
-
-    def _images_axis(self, square): # along which only the first entry changes, and if it holds joined rows; or None
-        total = square.sum()
-        def only_first(axis, n): return n and square.narrow(axis, n, square.shape[axis]-n).sum() <= 1e-8*total
-        if not total > 0: return None
-        for axis,n in enumerate(square.shape):
-            if n == self.n and only_first(axis, 1): return axis,False
-        if len(square)%self.n == 0 and only_first(0, len(square)//self.n): return 0,True
-        return -1,False
-
-    def _add(self, key, square):
-        batch,joined = self.axis[key]
-        if joined: square = square.unflatten(0, (self.n,-1))
-        for which,(i,passes) in enumerate(_tries(self.n, self.sides) if batch >= 0 else ()):
-            if self.k in passes:
-                parts = self.found.setdefault(key, ([],[]))[which]
-                parts.append(self._sums(square.narrow(batch, i, 1), batch))
-
-    def _sums(self, square, batch): # by each axis, and by those that may be the places
-        axes = [a for a in range(square.ndim) if a != batch]
-        def by(*kept): return square.sum([a for a in range(square.ndim) if a not in kept]).double().cpu().numpy()
-        ends = (len(axes),len(axes)-1) if len(axes) > self.sides > 1 else ()
-        maps = [tuple(axes[end-self.sides:end]) for end in ends]
-        return {a: by(a) for a in axes},{places: by(*places) for places in maps}
 
     def still(self): # numbers of tokens that are the same for every image, but not all the same
         numbers = set()
@@ -364,10 +360,44 @@ class _Changes: # of all tensors in a network, in the passes of `_trials`, from 
             if tries and all(len(parts) == self.sides+1 for parts in tries):
                 yield key,Change(batch, _together(tries, 0), _together(tries, 1), joined)
 
+# %% ../nbs/04e_engine.ipynb #a5a32daa
+@patch
+def _images_axis(self:_Changes, square): # the axis, and if it holds joined rows; -1 where none fits, None: no change
+    total = square.sum()
+    def only_first(axis, n): return n and square.narrow(axis, n, square.shape[axis]-n).sum() <= 1e-8*total
+    if not total > 0: return None
+    for axis,n in enumerate(square.shape):
+        if n == self.n and only_first(axis, 1): return axis,False
+    if len(square)%self.n == 0 and only_first(0, len(square)//self.n): return 0,True
+    return -1,False
+
+# %% ../nbs/04e_engine.ipynb #7eb07f7d
+@patch
+def _add(self:_Changes, key, square):
+    batch,joined = self.axis[key]
+    if joined: square = square.unflatten(0, (self.n,-1))
+    for which,(i,passes) in enumerate(_tries(self.n, self.sides) if batch >= 0 else ()):
+        if self.k in passes:
+            parts = self.found.setdefault(key, ([],[]))[which]
+            parts.append(self._sums(square.narrow(batch, i, 1), batch))
+
+# %% ../nbs/04e_engine.ipynb #722f0c8b
+@patch
+def _sums(self:_Changes, square, batch): # by each axis, and by those that may be the places
+    axes = [a for a in range(square.ndim) if a != batch]
+    def by(*kept): return square.sum([a for a in range(square.ndim) if a not in kept]).double().cpu().numpy()
+    ends = (len(axes),len(axes)-1) if len(axes) > self.sides > 1 else ()
+    maps = [tuple(axes[end-self.sides:end]) for end in ends]
+    return {a: by(a) for a in axes},{places: by(*places) for places in maps}
+
+# %% ../nbs/04e_engine.ipynb #b4ab40f2
 def _together(tries, which): # of the sums of each try, variant by variant: axis -> (variants, tries, ...)
-    def of(axis): return np.stack([[sums[which][axis] for sums in parts] for parts in tries], 1)
+    def of(axis):
+        variants = [[sums[which][axis] for sums in parts] for parts in tries]
+        return np.stack(variants, 1)
     return {axis: of(axis) for axis in tries[0][0][which]}
 
+# %% ../nbs/04e_engine.ipynb #93f350ed
 class _Compare(Hook): # gives what a module takes and puts out to `changes`, with a key
     def __init__(self, name, changes): self.name,self.changes = name,changes
 
@@ -385,21 +415,26 @@ def hookable_parts(model:nn.Module # Any network
     "The parts of a network on which hooks can look: all but what is scripted or traced"
     return [(name,m) for name,m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule)]
 
+# %% ../nbs/04e_engine.ipynb #5ac8fd6a
 def _arranged(model, inputs, output): # name of a layer -> what `arrangement` says of it, each time that it runs
     changes,parts = _Changes(inputs.shape),dict(hookable_parts(model))
     hooks = [(m,_Compare(name, changes)) for name,m in parts.items()]
     with undisturbed(model):
         forward(model, inputs, hooks, output)
-        for changes.k,changed in enumerate(_trials(inputs)): forward(model, changed, hooks, output)
+        for k,changed in enumerate(_trials(inputs)):
+            changes.k = k
+            forward(model, changed, hooks, output)
     known,found = Known(inputs.shape[2:]),{}
     known.still = changes.still()
     for key,change in changes.all():
         name,_,part,item = key
-        layout = arrangement(change, known, kind_of(parts[name], changes.original[key]) if part == 'out' else None)
+        kind = kind_of(parts[name], changes.original[key]) if part == 'out' else None
+        layout = arrangement(change, known, kind)
         if isinstance(layout, Layout): layout = replace(layout, item=item)
         if part == 'out': found.setdefault(name, []).append(layout)
     return found
 
+# %% ../nbs/04e_engine.ipynb #fb4a5789
 def layouts(model:nn.Module, # Any network
             images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
             output=None, # As in `taken`
@@ -408,34 +443,7 @@ def layouts(model:nn.Module, # Any network
     found = tried_on_few(lambda some: _arranged(model, some, output), inputs_of(images, model))
     return {name: same[0] for name,same in found.items() if len(set(same)) == 1 and same[0]}
 
-# %% ../nbs/04e_engine.ipynb #4782d2ec
-def last_layer(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-               images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
-               reshape=None, # As in `AsMap`
-               output=None, # As in `taken`
-              )->str: # Dotted name
-    """The last layer whose map is larger than 1 x 1. Raises `ValueError` if there is none,
-    or if maps may be there in another form"""
-    return last_map(model, images, reshape, output)[0]
-
-def last_map(model:nn.Module, # As in `last_layer`
-             images, # The same
-             reshape=None, # The same
-             output=None, # The same
-            ): # Dotted name, and its `Layout`, if it needs one
-    "The last layer with a map, and how its output is arranged. Raises `ValueError` as `last_layer` does"
-    return tried_on_few(lambda some: _last_map(model, some, reshape, output), inputs_of(images, model))
-
-def _last_map(model, inputs, reshape, output):
-    try: return _last_of(model, inputs, reshape, output),None
-    except ShapeError as e:
-        if reshape: raise
-        seen_at_once = e
-    tried = {name: same[-1] for name,same in _arranged(model, inputs, output).items()}
-    try: name = _last_of(model, next(_trials(inputs)), None, output, tried)
-    except ShapeError as e: raise (seen_at_once if isinstance(seen_at_once, BatchError) else e) from None
-    return name,tried[name]
-
+# %% ../nbs/04e_engine.ipynb #0408a55e
 @dataclass(frozen=True)
 class _Odd: # in the place of an `AsMap`, of a layer that has places in an order of its own
     name:str
@@ -444,19 +452,48 @@ class _Odd: # in the place of an `AsMap`, of a layer that has places in an order
 
     def __call__(self, out): return _only_tensor(out)[0]
 
-def _only_linear(module): # is all that it has learned in linear layers, with batch norms or without?
-    learned = [m for m in module.modules() if [*m.parameters(recurse=False)]]
-    return bool(learned) and all(isinstance(m, (nn.Linear,nn.modules.batchnorm._NormBase)) for m in learned)
+# %% ../nbs/04e_engine.ipynb #399d8e01
+def _in_no_order(name): # in words
+    return (f"parts of what layer {name!r} puts out change with parts of the image, but in no order of rows and "
+            "columns, so how it makes a map can't be seen; give a reshape that makes one, or another layer")
 
-def _last_of(model, inputs, reshape, output, tried=None): # tried: name -> what is known by trying; None: nothing was
-    done = {} # filled by the hooks
+# %% ../nbs/04e_engine.ipynb #2c31bc2d
+def _watches(model, inputs, reshape, tried, done): # pairs of a module and its `_Watch`
     named = hookable_parts(model)
     with_weights = [(name,m) for name,m in named if m.state_dict()] or named # quantized ones have no parameters
     if tried is not None: with_weights = [(name,m) for name,m in with_weights if tried.get(name)]
     def as_map(name, m):
         layout = tried and tried[name]
         return _Odd(name) if layout == 'odd' else AsMap(name, m, inputs.shape, reshape, layout)
-    watches = [(m, _Watch(as_map(name, m), done)) for name,m in with_weights]
+    return [(m, _Watch(as_map(name, m), done)) for name,m in with_weights]
+
+# %% ../nbs/04e_engine.ipynb #f9bc6d75
+def _of_tokens(as_map): return as_map.reshape or as_map.layout and as_map.layout.grid
+
+# %% ../nbs/04e_engine.ipynb #03d76396
+def _only_linear(module): # is all that it has learned in linear layers, with batch norms or without?
+    learned = [m for m in module.modules() if [*m.parameters(recurse=False)]]
+    return bool(learned) and all(isinstance(m, (nn.Linear,nn.modules.batchnorm._NormBase)) for m in learned)
+
+# %% ../nbs/04e_engine.ipynb #cb6f5eb4
+def _is_answer(tap, output): # a dense output itself, before it is enlarged: it has a map for each class
+    return isinstance(output, torch.Tensor) and output.ndim > 2 and tap.map.shape[1] == output.shape[1]
+
+# %% ../nbs/04e_engine.ipynb #6fe2a275
+def _nowhere(model, inputs, watches, errors): # why there is no last layer, in words
+    sides = inputs.shape[2:]
+    kind,size,one = type(model).__name__,' x '.join(map(str, sides)),' x '.join('1'*len(sides))
+    if not any(watch.calls for _,watch in watches):
+        return (f"no call of a layer of the {kind} was seen, as in networks that are traced, scripted or exported: "
+                "explain the network that it was made from")
+    larger = f"no layer of the {kind} has a map larger than {one} for images of {size}"
+    if errors: return f"{larger}: {errors[-1]}"
+    return f"{larger}; give larger images, or a layer and reshape"
+
+# %% ../nbs/04e_engine.ipynb #4782d2ec
+def _last_of(model, inputs, reshape, output, tried=None): # tried: name -> what is known by trying; None: nothing was
+    done = {} # filled by the hooks
+    watches = _watches(model, inputs, reshape, tried, done)
     with undisturbed(model):
         out = forward(model, inputs, watches, output)
         used = _used(out, [t for t in done.values() if isinstance(t, Tap)])
@@ -474,34 +511,37 @@ def _last_of(model, inputs, reshape, output, tried=None): # tried: name -> what 
     if second_best: return second_best
     raise ValueError(_nowhere(model, inputs, watches, list(done.values())))
 
-def _is_answer(tap, output): # a dense output itself, before it is enlarged: it has a map for each class
-    return isinstance(output, torch.Tensor) and output.ndim > 2 and tap.map.shape[1] == output.shape[1]
+# %% ../nbs/04e_engine.ipynb #4ab79281
+def _last_map(model, inputs, reshape, output): # the layer's name, and its layout if it was tried
+    try: return _last_of(model, inputs, reshape, output),None
+    except ShapeError as e:
+        if reshape: raise
+        seen_at_once = e
+    tried = {name: same[-1] for name,same in _arranged(model, inputs, output).items()}
+    try: name = _last_of(model, next(_trials(inputs)), None, output, tried)
+    except ShapeError as e: raise (seen_at_once if isinstance(seen_at_once, BatchError) else e) from None
+    return name,tried[name]
 
-def _of_tokens(as_map): return as_map.reshape or as_map.layout and as_map.layout.grid
+# %% ../nbs/04e_engine.ipynb #1163e5d5
+def last_map(model:nn.Module, # As in `last_layer`
+             images, # The same
+             reshape=None, # The same
+             output=None, # The same
+            ): # Dotted name, and its `Layout`, if it needs one
+    "The last layer with a map, and how its output is arranged. Raises `ValueError` as `last_layer` does"
+    return tried_on_few(lambda some: _last_map(model, some, reshape, output), inputs_of(images, model))
 
-def _in_no_order(name): # in words
-    return (f"parts of what layer {name!r} puts out change with parts of the image, but in no order of rows and "
-            "columns, so how it makes a map can't be seen; give a reshape that makes one, or another layer")
-
-def _nowhere(model, inputs, watches, errors): # why there is no last layer, in words
-    kind,size,one = type(model).__name__,' x '.join(map(str, inputs.shape[2:])),' x '.join('1'*len(inputs.shape[2:]))
-    if not any(watch.calls for _,watch in watches):
-        return (f"no call of a layer of the {kind} was seen, as in networks that are traced, scripted or exported: "
-                "explain the network that it was made from")
-    larger = f"no layer of the {kind} has a map larger than {one} for images of {size}"
-    if errors: return f"{larger}: {errors[-1]}"
-    return f"{larger}; give larger images, or a layer and reshape"
+# %% ../nbs/04e_engine.ipynb #db4cc983
+def last_layer(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
+               images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
+               reshape=None, # As in `AsMap`
+               output=None, # As in `taken`
+              )->str: # Dotted name
+    """The last layer whose map is larger than 1 x 1. Raises `ValueError` if there is none,
+    or if maps may be there in another form"""
+    return last_map(model, images, reshape, output)[0]
 
 # %% ../nbs/04e_engine.ipynb #1e9f0006
-def layers_with_maps(model:nn.Module, # Any network
-                     images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
-                     kinds=nn.Module, # Only modules of these classes
-                     reshape=None, # As in `AsMap`
-                     output=None, # As in `taken`
-                    )->dict: # Dotted name -> places of its map, (h, w); in the order in which the layers are done
-    "The layers that run once, have a map larger than 1 x 1, and on which what the network puts out depends"
-    return tried_on_few(lambda some: _with_maps(model, some, kinds, reshape, output), inputs_of(images, model))
-
 def _with_maps(model, inputs, kinds, reshape, output):
     done = {}
     named = [(name,m) for name,m in hookable_parts(model) if isinstance(m, kinds)]
@@ -513,13 +553,24 @@ def _with_maps(model, inputs, kinds, reshape, output):
     once = {watch.as_map.name for _,watch in watches if watch.calls == 1}
     return {name: tuple(tap.map.shape[2:]) for name,tap in taps.items() if name in once and (name in used or not used)}
 
-# %% ../nbs/04e_engine.ipynb #47c834d1
+# %% ../nbs/04e_engine.ipynb #1a694d9a
+def layers_with_maps(model:nn.Module, # Any network
+                     images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
+                     kinds=nn.Module, # Only modules of these classes
+                     reshape=None, # As in `AsMap`
+                     output=None, # As in `taken`
+                    )->dict: # Dotted name -> places of its map, (h, w); in the order in which the layers are done
+    "The layers that run once, have a map larger than 1 x 1, and on which what the network puts out depends"
+    return tried_on_few(lambda some: _with_maps(model, some, kinds, reshape, output), inputs_of(images, model))
+
+# %% ../nbs/04e_engine.ipynb #2dd01a7b
 def _near(a, b, share): # is every finite number of `a` close to that of `b`, to a share of the largest?
     a,b = a.float(),b.float()
     both = a.isfinite() & b.isfinite() # a picture that is not finite says nothing of the others
     off,top = (torch.where(both, t.abs(), 0).max() for t in (a-b, b))
     return bool(off <= share*top)
 
+# %% ../nbs/04e_engine.ipynb #47c834d1
 class Head(Hook):
     "A forward hook that keeps the input of the last linear layer"
     input = linear = output = None # where there is no linear layer
@@ -535,27 +586,26 @@ class Head(Hook):
         share = 1e-5 if self.input.dtype == self.output.dtype == torch.float32 else 2e-2 # 16 bits: the mean is rounded
         return _near(self.input, mean_over_places(maps), share) and _near(self.output, logits, share)
 
-    def gradient(self, by_logits, maps): # of a score by each place of the maps: (N, n_classes) -> (N, K, 1, 1)
-        by_mean = by_logits.float() @ self.linear.weight.detach().float()
-        return at_places(by_mean/maps[0,0].numel(), maps)
+# %% ../nbs/04e_engine.ipynb #8a2e15b5
+@patch
+def gradient(self:Head,
+             by_logits:torch.Tensor, # (N, n_classes): the gradient of a score by the logits
+             maps:torch.Tensor, # (N, K, h, w)
+            )->torch.Tensor: # float32 (N, K, 1, 1)
+    "The gradient of a score by each place of the maps"
+    by_mean = by_logits.float() @ self.linear.weight.detach().float()
+    return at_places(by_mean/maps[0,0].numel(), maps)
 
-    def resume(self, maps): # the logits that follow from other maps, in 32 bits: (N, K, h, w) -> (N, n_classes)
-        weight,bias = (None if p is None else p.detach().float() for p in (self.linear.weight, self.linear.bias))
-        return F.linear(mean_over_places(maps), weight, bias)
+# %% ../nbs/04e_engine.ipynb #ac66bc3d
+@patch
+def resume(self:Head,
+           maps:torch.Tensor, # (N, K, h, w)
+          )->torch.Tensor: # float32 (N, n_classes)
+    "The logits that follow from other maps"
+    weight,bias = (None if p is None else p.detach().float() for p in (self.linear.weight, self.linear.bias))
+    return F.linear(mean_over_places(maps), weight, bias)
 
 # %% ../nbs/04e_engine.ipynb #1e9e0025
-def linear_head(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
-                layer, # A module of `model`, or its dotted name
-                images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
-                output=None, # As in `taken`
-               )->bool:
-    "Is what follows `layer` an average over the map and one linear layer?"
-    model = unwrapped(model)
-    name,module = find_layer(model, layer)
-    try: return tried_on_few(lambda some: _linear_head(model, name, module, some, output), inputs_of(images, model))
-    except (RuntimeError, ValueError): # no map, weights of 16 bits outside of autocast ...
-        return False # the general way says what is wrong
-
 def _linear_head(model, name, module, inputs, output):
     tap,head = Tap(AsMap(name, module, inputs.shape)),Head()
     with undisturbed(model), torch.autocast(inputs.device.type, enabled=False):
@@ -569,6 +619,19 @@ def _linear_head(model, name, module, inputs, output):
         want = head.gradient(mixture[None], tap.map)
         grad = tap.as_map(grad)
         return bool((grad-want).abs().max() <= 1e-4*want.abs().max())
+
+# %% ../nbs/04e_engine.ipynb #755fbfff
+def linear_head(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
+                layer, # A module of `model`, or its dotted name
+                images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
+                output=None, # As in `taken`
+               )->bool:
+    "Is what follows `layer` an average over the map and one linear layer?"
+    model = unwrapped(model)
+    name,module = find_layer(model, layer)
+    try: return tried_on_few(lambda some: _linear_head(model, name, module, some, output), inputs_of(images, model))
+    except (RuntimeError, ValueError): # no map, weights of 16 bits outside of autocast ...
+        return False # the general way says what is wrong
 
 # %% ../nbs/04e_engine.ipynb #e0a15a36
 @dataclass(frozen=True, eq=False)
@@ -586,25 +649,34 @@ class Seen:
     as_map:AsMap|None=None # Which layer it was, and how its output makes the maps
     hessian_times:object=None # Function of a direction (N, K, *places): how the gradients change along it, as large
 
-    @property
-    def images(self)->torch.Tensor:
-        "(N, C, *size): the first input that has places"
-        return self.inputs.images
+# %% ../nbs/04e_engine.ipynb #935329a8
+@patch(as_prop=True)
+def images(self:Seen)->torch.Tensor:
+    "(N, C, *size): the first input that has places"
+    return self.inputs.images
 
-    def said_of(self, images # (M*N, C, *size): M variants of all images, one set after the other
-               ): # What is taken of the network's output for these instead
-        return forward(self.model, self.inputs.with_images(images), output=self.output)
+# %% ../nbs/04e_engine.ipynb #8c522ac0
+@patch
+def said_of(self:Seen,
+            images, # (M*N, C, *size): M variants of all images, one set after the other
+           ): # What is taken of the network's output for these instead
+    "What the network says of other images"
+    return forward(self.model, self.inputs.with_images(images), output=self.output)
 
-    def scores(self, outputs # Of M*N examples: M variants of all, one set after the other
-              )->torch.Tensor: # float32 (M, N)
-        "The score of each variant of each example"
-        n = len(self.inputs)
-        sets = [outputs[i:i+n] for i in range(0, len(outputs), n)]
-        return torch.stack([scores_of(self.score, some).float() for some in sets])
+# %% ../nbs/04e_engine.ipynb #316ca3f1
+@patch
+def scores(self:Seen,
+           outputs, # Of M*N examples: M variants of all, one set after the other
+          )->torch.Tensor: # float32 (M, N)
+    "The score of each variant of each example"
+    n = len(self.inputs)
+    sets = [outputs[i:i+n] for i in range(0, len(outputs), n)]
+    return torch.stack([scores_of(self.score, some).float() for some in sets])
 
-# %% ../nbs/04e_engine.ipynb #1e9e0027
+# %% ../nbs/04e_engine.ipynb #28403bd8
 def _memory(t): return t.untyped_storage().data_ptr()
 
+# %% ../nbs/04e_engine.ipynb #1e9e0027
 class _Swap(Hook): # puts other activations in the place of those that `tap` kept
     def __init__(self, as_map, call, activations, method): # the name of the method, for errors
         self.as_map,self.call,self.activations,self.method = as_map,call,activations,method
@@ -663,213 +735,273 @@ class CAMMethod:
         "The map of each image"
         raise NotImplementedError(f"{type(self).__name__} needs a map(seen)")
 
-    def own_layers(self, inputs:Inputs # N examples
-                  )->list: # Dotted names
-        "Which layers are explained where none is named: here the last one with a map larger than 1 x 1"
-        return [self._last_layer(inputs)]
+# %% ../nbs/04e_engine.ipynb #ceb258d8
+@patch
+def own_layers(self:CAMMethod,
+               inputs:Inputs, # N examples
+              )->list: # Dotted names
+    "Which layers are explained where none is named: here the last one with a map larger than 1 x 1"
+    return [self._last_layer(inputs)]
 
-    def together(self, maps, # float32 (N, *places) of each layer, what `map` gave
-                 seen, # For each layer, what was `Seen`
-                )->torch.Tensor: # (N, *places)
-        "One map of those of several layers: here as `fuse` says, on the finest grid of theirs"
-        if len(maps) == 1: return maps[0]
-        size = max((m.shape[1:] for m in maps), key=lambda s: s.numel())
-        def on_grid(m): # a value is a share of the score, so on a finer grid each place has less of it
-            return enlarge(m, size)*(m.shape[1:].numel()/size.numel())
-        same = torch.stack([on_grid(m) for m in maps])
-        return same.mean(0) if self.fuse == 'mean' else same.amax(0)
+# %% ../nbs/04e_engine.ipynb #862a2b99
+@patch
+def _last_layer(self:CAMMethod, inputs):
+    size = inputs.shape[1:]
+    if size not in self._last: self._last[size] = last_map(self.model, inputs, self.reshape, self.output)
+    return self._last[size][0]
 
-    def explained(self,
-                  output, # What was taken of the model's output, without gradients: logits (N, n_classes) as a rule
-                  target, # None: the predicted class; an int; N ints; or a function of the output
-                 ): # The function of the output that is explained, and the classes, int64 (N,), or None
-        "What `target` means for these images"
-        if hasattr(target, 'decided'): return target.decided(output),None # a class was left open
-        if callable(target): return target,None
-        if not isinstance(output, torch.Tensor):
-            raise TypeError("this network puts out detections, so target must say which: boxes(label, box), "
-                            f"or a function of them; got {target!r}")
-        if output.ndim > 2: return _dense_target(output, target),None
-        if target is None and output.shape[1] == 1: return _the_number,None
-        classes = choose_target(output, target).clone() # the user's may be a tensor of inference mode
-        return logit_of(classes),classes
+# %% ../nbs/04e_engine.ipynb #2b736f9e
+@patch
+def layers_for(self:CAMMethod,
+               images, # (N, C, H, W), or other input as in `inputs_of`
+              )->list: # Pairs of a dotted name and a module
+    "The layers that are explained for images of this size: those that were named, else the method's own"
+    if self.layers: return self.layers
+    inputs = inputs_of(images, self.model)
+    size = inputs.shape[1:]
+    if size not in self._own: self._own[size] = self.own_layers(inputs)
+    return [find_layer(self.model, name) for name in self._own[size]]
 
-    def __call__(self,
-                 images, # (N, C, H, W), normalised as in training; or signals, volumes, several inputs: see `inputs_of`
-                 target=None, # None: the predicted class; an int; N ints; a function of the output that gives (N,)
-                 smooth=False, # True: the mean over mirrored and brightened copies; or a list of one's own changes
-                )->CAMResult:
-        """Explain why `model` gives each image its score. Raises `TypeError` or `ValueError`, in plain words,
-        for what can't be explained"""
-        inputs = inputs_of(images, self.model)
-        if smooth: return _smoothed(self._explain, inputs, target, smooth)
-        result,_ = self._explain(inputs, target)
-        return result
+# %% ../nbs/04e_engine.ipynb #9f4e6ec2
+@patch
+def _as_map(self:CAMMethod, name, module, inputs):
+    size = inputs.shape[1:]
+    last,of_last = self._last.get(size, (None,None))
+    layout = of_last if name == last else self._layouts.get(size, {}).get(name)
+    if layout == 'odd': layout = None
+    return AsMap(name, module, inputs.shape, self.reshape, layout)
 
-    def _explain(self, inputs, target): # a result, and the function of the output that was explained
-        try: return self._in_one_pass(inputs, target)
-        except ShapeError as e: # a layer was named, and it can't be seen from its output alone how that makes a map
-            if self.reshape or inputs.own_sizes: raise
-            size,was_tried = inputs.shape[1:],inputs.shape[1:] in self._layouts
-            if not was_tried: self._layouts[size] = layouts(self.model, inputs, self.output)
-            odd = [name for name,_ in self.layers or () if self._layouts[size].get(name) == 'odd']
-            if odd and not isinstance(e, BatchError): raise ShapeError(_in_no_order(odd[0])) from None
-            if odd or was_tried: raise
-        return self._in_one_pass(inputs, target)
-
-    def _in_one_pass(self, inputs, target):
-        layers = self.layers_for(inputs)
-        head = Head() if self._has_linear_head(layers, inputs) else None
-        padding = _Padding()
-        with undisturbed(self.model):
-            taps = [Tap(self._as_map(name, module, inputs), self.call, self.uses_gradients and not head)
-                    for name,module in layers]
-            hooks = [(module,tap) for (_,module),tap in zip(layers, taps)]
-            if head: hooks += head.hooks(self.model)
-            if inputs.own_sizes: hooks += [(m, padding) for m in self.model.modules()]
-            out = forward(self.model, inputs, hooks, self.output)
-            for t in taps: t.check()
-            if head and not head.fits(taps[0].map, out): # it took another way through the model this time
-                self._linear[layers[0][0]] = False
-                return self._in_one_pass(inputs, target)
-            if not callable(target): _check_axes(out, inputs)
-            score,classes = self.explained(_detached(out), target)
-            grads = self._gradients(score, out, taps, head)
-            torch.set_grad_enabled(False)
-            seen = [Seen(tap.map, grad, inputs, self.model, score,
-                         resume=self._resume(module, tap, inputs, head),
-                         gradients_at=self._gradients_at(module, tap, score, inputs),
-                         linear_head=head is not None, output=self.output, as_map=tap.as_map,
-                         hessian_times=self._hessian_times(module, tap, score, inputs))
-                    for (_,module),tap,grad in zip(layers, taps, grads)]
-            maps = [self.map(s) for s in seen]
-            raw = self.together(maps, seen)
-        self._warn_if_tiny(layers, maps, inputs)
-        names = ' + '.join(name for name,_ in layers)
-        logits = out.detach().float() if are_logits(out) else None
-        result = CAMResult(raw, logits, classes, inputs.size, names, type(self).__name__, padding.shares)
-        return result,score
-
-    def _as_map(self, name, module, inputs):
-        size = inputs.shape[1:]
-        last,of_last = self._last.get(size, (None,None))
-        layout = of_last if name == last else self._layouts.get(size, {}).get(name)
-        if layout == 'odd': layout = None
-        return AsMap(name, module, inputs.shape, self.reshape, layout)
-
-    def layers_for(self, images # (N, C, H, W), or other input as in `inputs_of`
-                  )->list: # Pairs of a dotted name and a module
-        "The layers that are explained for images of this size: those that were named, else the method's own"
-        if self.layers: return self.layers
-        inputs = inputs_of(images, self.model)
-        size = inputs.shape[1:]
-        if size not in self._own: self._own[size] = self.own_layers(inputs)
-        return [find_layer(self.model, name) for name in self._own[size]]
-
-    def on(self, model:nn.Module, # A copy of the network
-           names, # Dotted names of its layers to explain
-          ): # A method of the same settings
-        "The same method on a copy of its network"
-        cam = copy.copy(self)
-        cam.model,cam._linear,cam.layers = model,{},[find_layer(model, name) for name in names]
-        cam.shows_progress = False # several may run side by side
-        return cam
-
-    def _last_layer(self, inputs):
-        size = inputs.shape[1:]
-        if size not in self._last: self._last[size] = last_map(self.model, inputs, self.reshape, self.output)
-        return self._last[size][0]
-
-    def _has_linear_head(self, layers, inputs):
-        if len(layers) > 1 or self.reshape or self.call is not None: return False
-        (name,module), = layers
-        if name not in self._linear: self._linear[name] = linear_head(self.model, module, inputs, self.output)
-        return self._linear[name]
-
-    def _gradients(self, score, out, taps, head): # for each tap float32 (N, K, *places), or None where none are needed
-        if not self.uses_gradients: return [None]*len(taps)
-        if head: return [self._closed_form(score, out, head, taps[0].map)]
-        return gradients(scores_of(score, out).sum(), taps)
-
-    def _closed_form(self, score, logits, head, maps): # (N, K, *places), one value for each channel
-        with torch.enable_grad():
-            leaf = logits.detach().float().requires_grad_()
-            by_logits, = torch.autograd.grad(scores_of(score, leaf).sum(), leaf)
-        return head.gradient(by_logits, maps).expand_as(maps)
-
-    def _resume(self, module, tap, inputs, head): # what `Seen` offers under this name
-        if head: return head.resume
-        def whole_pass(activations):
-            variants = inputs.repeat(len(activations)//len(inputs))
-            as_map = replace(tap.as_map, shape=(len(variants),*inputs.shape[1:]))
-            swap = _Swap(as_map, self.call, activations, type(self).__name__)
-            out = forward(self.model, variants, [(module, swap)], self.output)
-            return out.float() if isinstance(out, torch.Tensor) else out
-        return whole_pass
-
-    def _gradients_at(self, module, tap, score, inputs):
-        def at(images):
-            again = Tap(tap.as_map, self.call)
-            with torch.no_grad():
-                out = forward(self.model, inputs.with_images(images), [(module, again)], self.output)
-                return gradients(scores_of(score, out).sum(), [again])[0]
-        return at
-
-    def _hessian_times(self, module, tap, score, inputs):
-        def product(direction):
-            again = Tap(tap.as_map, self.call)
-            with torch.no_grad(), _while_needed(_step_by_step):
-                out = forward(self.model, inputs, [(module, again)], self.output)
-                return hessian_product(scores_of(score, out).sum(), again, direction).detach()
-        return product
-
-    def passes(self, items # What there is a pass for, in order
-              ): # The same, with a progress bar
-        "For methods that take many passes"
-        return progress_bar(items, type(self).__name__) if self.shows_progress else items
-
-    def _warn_if_tiny(self, layers, maps, inputs):
-        for (name,_),m in zip(layers, maps):
-            if m.shape[1:].numel() > 1: continue
-            try: better = f"take {self._last_layer(inputs)!r}, the last one with a larger map"
-            except ValueError: better = "give larger images"
-            one,size = (' x '.join(map(str, places)) for places in (m.shape[1:], inputs.shape[2:]))
-            warnings.warn(f"the map of layer {name!r} is {one} for images of {size}, "
-                          f"so it can't say where: {better}", stacklevel=5)
-
-# %% ../nbs/04e_engine.ipynb #1e9ec055
+# %% ../nbs/04e_engine.ipynb #1877911c
 def _detached(output):
     if isinstance(output, torch.Tensor): return output.detach()
     return tree_map_only(torch.Tensor, torch.Tensor.detach, output)
 
+# %% ../nbs/04e_engine.ipynb #1e9ec055
 def _the_number(output): return output[:,0] # where there is one for each image
 
+# %% ../nbs/04e_engine.ipynb #e385b055
 def _check_axes(output, inputs): # is a dense output one of the input's places, so that a class has a region?
     if not isinstance(output, torch.Tensor) or output.ndim in (2, len(inputs.shape)): return
     raise ValueError(f"the network puts out {tuple(output.shape)} for an input {inputs.shape}: neither a class for "
                      "each image nor one for every place; give a function of the output as target, "
                      "or say with output=... what is meant")
 
+# %% ../nbs/04e_engine.ipynb #c7e943a2
 def _dense_target(output, target): # of logits (N, K, *size)
     if target is not None: return region(target)
     shape = tuple(output.shape)
     raise TypeError(f"this network puts out a class for every place, {shape}: target must say which is meant, an int "
                     "or region(class, mask), or be a function of the output")
 
+# %% ../nbs/04e_engine.ipynb #88f3e198
+@patch
+def explained(self:CAMMethod,
+              output, # What was taken of the model's output, without gradients: logits (N, n_classes) as a rule
+              target, # None: the predicted class; an int; N ints; or a function of the output
+             ): # The function of the output that is explained, and the classes, int64 (N,), or None
+    "What `target` means for these images"
+    if hasattr(target, 'decided'): return target.decided(output),None # a class was left open
+    if callable(target): return target,None
+    if not isinstance(output, torch.Tensor):
+        raise TypeError("this network puts out detections, so target must say which: boxes(label, box), "
+                        f"or a function of them; got {target!r}")
+    if output.ndim > 2: return _dense_target(output, target),None
+    if target is None and output.shape[1] == 1: return _the_number,None
+    classes = choose_target(output, target).clone() # the user's may be a tensor of inference mode
+    return logit_of(classes),classes
+
+# %% ../nbs/04e_engine.ipynb #9940d6c7
+@patch
+def _has_linear_head(self:CAMMethod, layers, inputs):
+    if len(layers) > 1 or self.reshape or self.call is not None: return False
+    (name,module), = layers
+    if name not in self._linear: self._linear[name] = linear_head(self.model, module, inputs, self.output)
+    return self._linear[name]
+
+# %% ../nbs/04e_engine.ipynb #1da2b9c5
+@patch
+def _closed_form(self:CAMMethod, score, logits, head, maps): # (N, K, *places), one value for each channel
+    with torch.enable_grad():
+        leaf = logits.detach().float().requires_grad_()
+        by_logits, = torch.autograd.grad(scores_of(score, leaf).sum(), leaf)
+    return head.gradient(by_logits, maps).expand_as(maps)
+
+# %% ../nbs/04e_engine.ipynb #ad1cc6d8
+@patch
+def _gradients(self:CAMMethod, score, out, taps, head): # of each tap float32 (N, K, *places); None if not needed
+    if not self.uses_gradients: return [None]*len(taps)
+    if head: return [self._closed_form(score, out, head, taps[0].map)]
+    return gradients(scores_of(score, out).sum(), taps)
+
+# %% ../nbs/04e_engine.ipynb #9160a2ed
+@patch
+def _resume(self:CAMMethod, module, tap, inputs, head): # what `Seen` offers under this name
+    if head: return head.resume
+    def whole_pass(activations):
+        variants = inputs.repeat(len(activations)//len(inputs))
+        as_map = replace(tap.as_map, shape=(len(variants),*inputs.shape[1:]))
+        swap = _Swap(as_map, self.call, activations, type(self).__name__)
+        out = forward(self.model, variants, [(module, swap)], self.output)
+        return out.float() if isinstance(out, torch.Tensor) else out
+    return whole_pass
+
+# %% ../nbs/04e_engine.ipynb #d126d5c2
+@patch
+def _gradients_at(self:CAMMethod, module, tap, score, inputs):
+    def at(images):
+        again = Tap(tap.as_map, self.call)
+        with torch.no_grad():
+            out = forward(self.model, inputs.with_images(images), [(module, again)], self.output)
+            return gradients(scores_of(score, out).sum(), [again])[0]
+    return at
+
+# %% ../nbs/04e_engine.ipynb #3f33d4e4
+@patch
+def _hessian_times(self:CAMMethod, module, tap, score, inputs):
+    def product(direction):
+        again = Tap(tap.as_map, self.call)
+        with torch.no_grad(), _while_needed(_step_by_step):
+            out = forward(self.model, inputs, [(module, again)], self.output)
+            return hessian_product(scores_of(score, out).sum(), again, direction).detach()
+    return product
+
+# %% ../nbs/04e_engine.ipynb #4fc71aa6
+@patch
+def passes(self:CAMMethod,
+           items, # What there is a pass for, in order
+          ): # The same, with a progress bar
+    "For methods that take many passes"
+    return progress_bar(items, type(self).__name__) if self.shows_progress else items
+
+# %% ../nbs/04e_engine.ipynb #fb59ab95
+@patch
+def together(self:CAMMethod,
+             maps, # float32 (N, *places) of each layer, what `map` gave
+             seen, # For each layer, what was `Seen`
+            )->torch.Tensor: # (N, *places)
+    "One map of those of several layers: here as `fuse` says, on the finest grid of theirs"
+    if len(maps) == 1: return maps[0]
+    size = max((m.shape[1:] for m in maps), key=lambda s: s.numel())
+    def on_grid(m): # a value is a share of the score, so on a finer grid each place has less of it
+        return enlarge(m, size)*(m.shape[1:].numel()/size.numel())
+    same = torch.stack([on_grid(m) for m in maps])
+    return same.mean(0) if self.fuse == 'mean' else same.amax(0)
+
+# %% ../nbs/04e_engine.ipynb #1174973f
+@patch
+def _tapped(self:CAMMethod, layers, head, inputs): # the taps, what was taken of the output, the images' shares of maps
+    by_autograd = self.uses_gradients and not head
+    taps = [Tap(self._as_map(name, module, inputs), self.call, by_autograd) for name,module in layers]
+    hooks = [(module,tap) for (_,module),tap in zip(layers, taps)]
+    if head: hooks += head.hooks(self.model)
+    padding = _Padding()
+    if inputs.own_sizes: hooks += [(m, padding) for m in self.model.modules()]
+    out = forward(self.model, inputs, hooks, self.output)
+    for t in taps: t.check()
+    return taps,out,padding.shares
+
+# %% ../nbs/04e_engine.ipynb #621b3cc2
+@patch
+def _seen(self:CAMMethod, module, tap, grad, score, head, inputs):
+    return Seen(tap.map, grad, inputs, self.model, score,
+                resume=self._resume(module, tap, inputs, head),
+                gradients_at=self._gradients_at(module, tap, score, inputs),
+                linear_head=head is not None, output=self.output, as_map=tap.as_map,
+                hessian_times=self._hessian_times(module, tap, score, inputs))
+
+# %% ../nbs/04e_engine.ipynb #032d3b80
+@patch
+def _warn_if_tiny(self:CAMMethod, layers, maps, inputs):
+    for (name,_),m in zip(layers, maps):
+        if m.shape[1:].numel() > 1: continue
+        try: better = f"take {self._last_layer(inputs)!r}, the last one with a larger map"
+        except ValueError: better = "give larger images"
+        one,size = (' x '.join(map(str, places)) for places in (m.shape[1:], inputs.shape[2:]))
+        warnings.warn(f"the map of layer {name!r} is {one} for images of {size}, "
+                      f"so it can't say where: {better}", stacklevel=5)
+
+# %% ../nbs/04e_engine.ipynb #2bcb6c7b
+@patch
+def _in_one_pass(self:CAMMethod, inputs, target): # a result, and the function of the output that was explained
+    layers = self.layers_for(inputs)
+    head = Head() if self._has_linear_head(layers, inputs) else None
+    with undisturbed(self.model):
+        taps,out,shares = self._tapped(layers, head, inputs)
+        if head and not head.fits(taps[0].map, out): # it took another way through the model this time
+            self._linear[layers[0][0]] = False
+            return self._in_one_pass(inputs, target)
+        if not callable(target): _check_axes(out, inputs)
+        score,classes = self.explained(_detached(out), target)
+        grads = self._gradients(score, out, taps, head)
+        torch.set_grad_enabled(False)
+        seen = [self._seen(module, tap, grad, score, head, inputs)
+                for (_,module),tap,grad in zip(layers, taps, grads)]
+        maps = [self.map(s) for s in seen]
+        raw = self.together(maps, seen)
+    self._warn_if_tiny(layers, maps, inputs)
+    names = ' + '.join(name for name,_ in layers)
+    logits = out.detach().float() if are_logits(out) else None
+    return CAMResult(raw, logits, classes, inputs.size, names, type(self).__name__, shares),score
+
+# %% ../nbs/04e_engine.ipynb #f54906c5
+@patch
+def _explain(self:CAMMethod, inputs, target): # a result, and the function of the output that was explained
+    try: return self._in_one_pass(inputs, target)
+    except ShapeError as e:
+        if self.reshape or inputs.own_sizes: raise
+        size,was_tried = inputs.shape[1:],inputs.shape[1:] in self._layouts
+        if not was_tried: self._layouts[size] = layouts(self.model, inputs, self.output)
+        odd = [name for name,_ in self.layers or () if self._layouts[size].get(name) == 'odd']
+        if odd and not isinstance(e, BatchError): raise ShapeError(_in_no_order(odd[0])) from None
+        if odd or was_tried: raise
+    return self._in_one_pass(inputs, target)
+
+# %% ../nbs/04e_engine.ipynb #49f229b8
+@patch
+def __call__(self:CAMMethod,
+             images, # (N, C, H, W), normalised as in training; or signals, volumes, several inputs: see `inputs_of`
+             target=None, # None: the predicted class; an int; N ints; a function of the output that gives (N,)
+             smooth=False, # True: the mean over mirrored and brightened copies; or a list of one's own changes
+            )->CAMResult:
+    """Explain why `model` gives each image its score. Raises `TypeError` or `ValueError`, in plain words,
+    for what can't be explained"""
+    inputs = inputs_of(images, self.model)
+    if smooth: return _smoothed(self._explain, inputs, target, smooth)
+    result,_ = self._explain(inputs, target)
+    return result
+
+# %% ../nbs/04e_engine.ipynb #d62dda64
+@patch
+def on(self:CAMMethod,
+       model:nn.Module, # A copy of the network
+       names, # Dotted names of its layers to explain
+      ): # A method of the same settings
+    "The same method on a copy of its network"
+    cam = copy.copy(self)
+    cam.model,cam._linear,cam.layers = model,{},[find_layer(model, name) for name in names]
+    cam.shows_progress = False # several may run side by side
+    return cam
+
 # %% ../nbs/04e_engine.ipynb #1e9ec057
 def _mirrored(t): return t.flip(-1)
 
+# %% ../nbs/04e_engine.ipynb #db030aa6
 def _brightened(share): return lambda images: images*share
 
-_SMOOTH = [change for share in (1.,.9,1.1)
-           for change in (_brightened(share), (lambda images, share=share: _mirrored(images*share), _mirrored))]
+# %% ../nbs/04e_engine.ipynb #2e5c2f54
+def _and_mirrored(change): # it, and the same of the mirror images, whose maps are turned back
+    return change,(lambda images: _mirrored(change(images)), _mirrored)
 
+_SMOOTH = [either for share in (1.,.9,1.1) for either in _and_mirrored(_brightened(share))]
+
+# %% ../nbs/04e_engine.ipynb #5b3d4aad
 def _pair(change): # a change of images, and how maps are moved back; None where nothing moves
     pair = change if isinstance(change, tuple) else (change,None)
     if len(pair) == 2 and callable(pair[0]) and (pair[1] is None or callable(pair[1])): return pair
     raise TypeError("smooth must be True or a list of functions of images, or of pairs of such a function "
                     f"and one that moves maps back; got {change!r}")
 
+# %% ../nbs/04e_engine.ipynb #ae8639fa
 def _changed(inputs, change): # the same input with its images changed, which keep their form
     def checked(images):
         new = change(images)
@@ -879,14 +1011,7 @@ def _changed(inputs, change): # the same input with its images changed, which ke
     if not inputs.own_sizes: return inputs.with_images(checked(inputs.images))
     return inputs_of([checked(t[None])[0] for t in inputs.args[0]])
 
-def _mirrored_within(maps, shares): # of the part of each map (N, h, w) that belongs to its image, (N, 2)
-    w = maps.shape[2]
-    at = shares[:,1:]*w - 1 - torch.arange(w) # (N, w): where the place is that comes here, from the left
-    low = at.clamp(0, w-1).floor().long()
-    high,part = (low+1).clamp(max=w-1),(at.clamp(0, w-1)-low).to(maps)[:,None]
-    def column(index): return maps.gather(2, index.to(maps.device)[:,None].expand_as(maps))
-    return torch.lerp(column(low), column(high), part.expand_as(maps))
-
+# %% ../nbs/04e_engine.ipynb #c401ac11
 def _moved_target(target, back, inputs): # what explains the same in a copy whose places have moved
     if back is None or not callable(target): return target
     if back is _mirrored and hasattr(target, 'mirrored'):
@@ -900,10 +1025,20 @@ def _moved_target(target, back, inputs): # what explains the same in a copy whos
         return target(out)
     return of_output
 
+# %% ../nbs/04e_engine.ipynb #25967a9b
+def _mirrored_within(maps, shares): # of the part of each map (N, h, w) that belongs to its image, (N, 2)
+    w = maps.shape[2]
+    at = shares[:,1:]*w - 1 - torch.arange(w) # (N, w): where the place is that comes here, from the left
+    low = at.clamp(0, w-1).floor().long()
+    high,part = (low+1).clamp(max=w-1),(at.clamp(0, w-1)-low).to(maps)[:,None]
+    def column(index): return maps.gather(2, index.to(maps.device)[:,None].expand_as(maps))
+    return torch.lerp(column(low), column(high), part.expand_as(maps))
+
+# %% ../nbs/04e_engine.ipynb #487ab64e
 def _smoothed(explain, inputs, target, smooth): # explain: function of inputs and target, `CAMMethod._explain`
     pairs = [_pair(change) for change in (_SMOOTH if smooth is True else smooth)]
     plain,score = explain(inputs, target)
-    same = score if plain.target is None else plain.target # what was left open is decided by the images as they are
+    same = score if plain.target is None else plain.target
     maps = []
     for change,back in pairs:
         copy,_ = explain(_changed(inputs, change), _moved_target(same, back, inputs))

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/04a_layers.ipynb #290fd8ac
@@ -34,14 +35,15 @@ def _graph_skips(outer, name): # does this `torch.fx` graph run without calling 
     called = [n.target for n in outer.graph.nodes if n.op == 'call_module']
     return not any(name == c or name.startswith(f'{c}.') for c in called)
 
+# %% ../nbs/04a_layers.ipynb #4ac07839
 def _check_seen(model, name): # raise `ValueError` if no hook on the module of that name can ever be called
     steps,modules = name.split('.'),dict(model.named_modules(remove_duplicate=False))
     for k in range(len(steps)+1):
-        outer = modules['.'.join(steps[:k])]
+        outer,inside = modules['.'.join(steps[:k])],'.'.join(steps[k:])
         if isinstance(outer, torch.jit.ScriptModule):
             raise ValueError(f"hooks can't look into TorchScript, and {name!r} is, or is part of, a traced or scripted "
                              f"{outer.original_name}: explain the network that it was made from, or another layer")
-        if isinstance(outer, torch.fx.GraphModule) and steps[k:] and _graph_skips(outer, '.'.join(steps[k:])):
+        if isinstance(outer, torch.fx.GraphModule) and inside and _graph_skips(outer, inside):
             raise ValueError(f"{name!r} is never called: the exported graph around it runs its operations one by one; "
                              "explain the network that it was made from")
     module = modules[name]
@@ -90,6 +92,9 @@ def _may_be_of(grid, size): # can this be the grid of an image of that size, giv
     low,high = zip(*((side/(cells+1), side/max(cells-1, .5)) for side,cells in zip(size[-2:], grid[-2:])))
     return max(low) <= min(high)
 
+# %% ../nbs/04a_layers.ipynb #d57447a0
+def _by(size): return ' x '.join(map(str, size)) # in words
+
 # %% ../nbs/04a_layers.ipynb #1a9e0017
 def tokens_to_map(out:torch.Tensor, # (N, 1+h*w, K): a class token, then the patches row by row
                   size=None, # (H, W) of the images, pixels; None: they are square. `GradCAM` gives it
@@ -101,8 +106,6 @@ def tokens_to_map(out:torch.Tensor, # (N, 1+h*w, K): a class token, then the pat
     patches = f"the patches of an image of {_by(size)}" if size else "a square of patches"
     raise ValueError(f"tokens_to_map expects (N, 1+h*w, K), a class token and {patches}; "
                      f"got shape {tuple(out.shape)}: write a reshape for this network")
-
-def _by(size): return ' x '.join(map(str, size)) # in words
 
 # %% ../nbs/04a_layers.ipynb #1a9e0018
 def channels_first(out:torch.Tensor, # (N, h, w, K)
@@ -128,6 +131,7 @@ def kind_of(module, # A layer
     if type(module) is nn.LayerNorm: return 'last' if tuple(module.normalized_shape) == tuple(out.shape[-1:]) else None
     return 'last' if type(module) is nn.Linear else None
 
+# %% ../nbs/04a_layers.ipynb #72e60b59
 def _channels(module, out, size): # of an output with two axes more than places: 'first', 'last' or 'unsure'
     known = kind_of(module, out)
     has_conv,has_linear = (any(isinstance(m, kinds) for m in module.modules()) for kinds in (_FIRST,_LAST))
@@ -164,35 +168,44 @@ def _looked_at(change): # (1+P, R, ...), squared, all over and growing along eac
     moves = whole > 1e-8*whole.max() # less is rounding
     return np.where(moves, growing/np.where(moves, whole, 1), np.nan).reshape(*growing.shape[:2], -1)
 
+# %% ../nbs/04a_layers.ipynb #acbbc632
 @lru_cache
 def _steps(grid): # the numbers of the rows, of the columns ... of a grid: (P, 1, n)
     return np.indices(grid).reshape(len(grid), 1, -1)
 
+# %% ../nbs/04a_layers.ipynb #fe74b288
 def _centred(values): return values-values.mean(-1, keepdims=True)
 
+# %% ../nbs/04a_layers.ipynb #9bea1b0b
 def _same(at): # (P, R, n), centred -> (P,): the variance that is in the first and the last try, so not noise
     return (at[:,0]*at[:,-1]).mean(-1)
 
+# %% ../nbs/04a_layers.ipynb #3743a605
+def _goes_along(at, steps, same, sure): # of centred places (R, n) along a side: a share; 0 if that may be chance
+    of_steps = (steps*steps).mean()
+    if not of_steps: return 0.
+    slopes = (at*steps).mean(-1)/of_steps # of each try
+    r2 = slopes.mean()**2*of_steps/(at*at).mean()
+    errors = math.sqrt(r2/max(1-r2, 1e-9)*(at.size-len(at)-1))
+    if slopes.mean() <= 0 or errors < sure: return 0.
+    both = slopes[0]*slopes[-1]*of_steps
+    return both/max(same, both)
+
+# %% ../nbs/04a_layers.ipynb #9ad79704
 def _fit(at, grid, sure): # of places (P, R, n), from 0 to 1; 0, too, if `sure` standard errors would not show it
     some = np.isfinite(at).all((0,1))
     if some.sum() < 4 or at[:,:,some].mean() > 1: return 0. # so few lie on a line by chance; places are in the picture
     at,steps = _centred(at[:,:,some]),_centred(_steps(grid)[:,:,some])
-    var,same,of_steps = (at*at).mean((1,2)),_same(at),(steps*steps).mean((1,2))
+    same = _same(at)
     if not same.max() > 0: return 0.
     shares = []
     for k,side in enumerate(grid):
-        if side == 1: # a single row has no rows that differ
-            shares.append(1-same[k].clip(0)/same.max())
-            continue
-        if not of_steps[k]: return 0.
-        slopes = (at[k]*steps[k]).mean(-1)/of_steps[k] # of each try
-        r2 = slopes.mean()**2*of_steps[k]/var[k]
-        errors = math.sqrt(r2/max(1-r2, 1e-9)*(at[k].size-len(at[k])-1))
-        if slopes.mean() <= 0 or errors < sure: return 0.
-        goes_along = slopes[0]*slopes[-1]*of_steps[k]
-        shares.append(goes_along/max(same[k], goes_along))
+        share = 1-same[k].clip(0)/same.max() if side == 1 else _goes_along(at[k], steps[k], same[k], sure)
+        if not share: return 0.
+        shares.append(share)
     return float(min(shares).clip(0))
 
+# %% ../nbs/04a_layers.ipynb #2acfc05e
 def _is_exact(at, grid): # do these places leave the grid by so little that they are in no other order?
     sides = [k for k,side in enumerate(grid) if side > 1]
     if not np.isfinite(at).all(): return False
@@ -200,12 +213,14 @@ def _is_exact(at, grid): # do these places leave the grid by so little that they
     slopes = (at*steps).mean((1,2))/(steps*steps).mean((1,2))
     return bool(_same(at/slopes[:,None,None]-steps).max() < .05) # squared, in steps
 
+# %% ../nbs/04a_layers.ipynb #e8c2e090
 def _goes_on(at): # do places (P, R, n) go on along any side, as the rows do from the first to the last token?
     some = np.isfinite(at).all((0,1))
     at,step = _centred(at[:,:,some]),_centred(np.flatnonzero(some))
     together,var = (at*step).mean((1,2)),(at*at).mean((1,2))*(step*step).mean()
     return bool((together*abs(together) > .5*var).any())
 
+# %% ../nbs/04a_layers.ipynb #1b7c7eee
 @lru_cache
 def _grids(n, sides): # all grids of n places
     if sides == 1: return [(n,)]
@@ -220,6 +235,7 @@ class Change:
     by_place:dict # The last P axes, and those before the last, if there are as many -> (1+P, R, *places)
     joined:bool=False # Does that axis hold the rows of all images, one after the other?
 
+# %% ../nbs/04a_layers.ipynb #7050ebe9
 class Known:
     "What is known of the tensors in a pass, in the order in which they come"
     def __init__(self, size # Of the images: as many sides as they have
@@ -240,8 +256,10 @@ class Known:
         same = self.rows.setdefault(n, [])
         if (first,grid) not in same: same.append((first,grid))
 
+# %% ../nbs/04a_layers.ipynb #5b37a23f
 _CLEAR,_LIKELY = (.75,4.),(.5,3.) # what shows a grid, and one that is known already: fit, and in standard errors
 
+# %% ../nbs/04a_layers.ipynb #ebe67b71
 def _are_apart(at): # are these places (P, R, n) far from each other, in whatever order, and is that no noise?
     at = at[:,:,np.isfinite(at).all((0,1))]
     if at.shape[2] < 2 or at.mean() > 1: return False
@@ -249,6 +267,17 @@ def _are_apart(at): # are these places (P, R, n) far from each other, in whateve
     same,var = _same(at).mean(),(at*at).mean()
     return same > .36/12 and same > .7*var # 1/12: evenly over the picture
 
+# %% ../nbs/04a_layers.ipynb #f3b4dda3
+def _candidates(at, looks, known): # pairs of the number of tokens before a grid, and the grid
+    n,sides = at.shape[2],len(at)
+    moving = np.flatnonzero(looks)
+    first,m = int(moving[0]),int(moving[-1]+1-moving[0])
+    found = [(first, grid) for grid in _grids(m, sides)]
+    for other in {0, 1, *(f for same in known.rows.values() for f,_ in same)}: # a line doesn't tell where it begins
+        found += [(other, grid) for grid in _grids(n-other, sides) if max(grid) < n-other]
+    return found
+
+# %% ../nbs/04a_layers.ipynb #b81a7255
 def _rows(at, known): # of places (P, R, n): fit, tokens before the grid, grid; None: nothing can be said; or 'odd'
     n,looks = at.shape[2],np.isfinite(at).any((0,1))
     if looks.sum() < 2: return None
@@ -259,15 +288,39 @@ def _rows(at, known): # of places (P, R, n): fit, tokens before the grid, grid; 
     before,apart = known.rows.get(n, []),_are_apart(at)
     if best := best_of(before, *_LIKELY): return best
     if len(before) == 1 and not apart and n not in known.still: return 0.,*before[0] # all have seen all
-    if n not in known.odd and (n < 32 or _goes_on(at)): # where many do not, there can be no rows
-        moving = np.flatnonzero(looks)
-        first,m = int(moving[0]),int(moving[-1]+1-moving[0])
-        grids = [(first, grid) for grid in _grids(m, len(at))]
-        for other in {0, 1, *(f for same in known.rows.values() for f,_ in same)}: # rows and columns tell where they
-            grids += [(other, grid) for grid in _grids(n-other, len(at)) if max(grid) < n-other] # begin; a line doesn't
-        if best := best_of([g for g in grids if known.may_have(g[1], cut(*g))], *_CLEAR): return best
+    may_be_rows = n not in known.odd and (n < 32 or _goes_on(at))
+    if may_be_rows:
+        grids = [g for g in _candidates(at, looks, known) if known.may_have(g[1], cut(*g))]
+        if best := best_of(grids, *_CLEAR): return best
     return 'odd' if apart else None
 
+# %% ../nbs/04a_layers.ipynb #6b65e8b3
+def _is_map(at, places, known, by_kind): # are these the places (P, R, n) of a map?
+    if not by_kind: return _fit(at, places, _CLEAR[1]) > _CLEAR[0] and known.may_have(places, at)
+    if _fit(at, places, _LIKELY[1]) > _LIKELY[0]: return True # a kind need only show no other order, unless it grows
+    return known.shrinks_to(places) and np.nanmean(at) < 1 and not _are_apart(at)
+
+# %% ../nbs/04a_layers.ipynb #2d3f2c6c
+def _of_tokens(batch, axes, length, rows, known): # a `Layout`, None or 'odd'
+    clear = {axis: r for axis,r in rows.items() if r != 'odd'}
+    if len(clear) > 1: clear = {axis: r for axis,r in clear.items() if r[0]} # as many channels as tokens
+    if not clear:
+        known.odd |= {length[axis] for axis,r in rows.items() if r == 'odd'}
+        return 'odd' if 'odd' in rows.values() else None
+    tokens = max(clear, key=lambda axis: clear[axis][0])
+    _,first,grid = clear[tokens]
+    known.keep(length[tokens], first, grid)
+    return Layout(batch, sum(axes)-tokens, first, grid)
+
+# %% ../nbs/04a_layers.ipynb #a4f819d2
+def _of_parts(axes, length, rows, maps, known): # None, if this is the inside of a layer, or 'odd'
+    if not rows: return None
+    if len(axes) > 2 and all(length[axis] in known.rows for axis in rows): return None # of heads, or of pairs of tokens
+    for places,(at,grid) in maps.items(): # maps of heads
+        if set(rows) <= set(places) and _fit(at, grid, _CLEAR[1]) > _CLEAR[0]: return None
+    return 'odd'
+
+# %% ../nbs/04a_layers.ipynb #b6081be1
 def arrangement(change:Change, # Of a tensor in the network
                 known:Known, # Of those before it; what this one shows is added
                 kind=None, # 'first' or 'last', if the module's kind says where the channels are
@@ -279,7 +332,9 @@ def arrangement(change:Change, # Of a tensor in the network
     at = {axis: _looked_at(c) for axis,c in change.by_axis.items()}
     maps = {axes: (_looked_at(c), tuple(c.shape[2:])) for axes,c in change.by_place.items()}
     by_kind = {'first': axes[0], 'last': axes[-1]}.get(kind)
-    if not change.joined and len(axes) == len(at[axes[0]])+1 > 2:
+    n_sides = len(at[axes[0]])
+    may_be_map = not change.joined and len(axes) == n_sides+1 > 2
+    if may_be_map:
         for places,m in maps.items():
             channels, = set(axes)-set(places)
             if by_kind in (None,channels) and _is_map(*m, known, by_kind is not None):
@@ -292,34 +347,13 @@ def arrangement(change:Change, # Of a tensor in the network
         return replace(layout, joined=length[axes[0]]) if change.joined and isinstance(layout, Layout) else layout
     return _of_parts(axes, length, rows, maps, known)
 
-def _is_map(at, places, known, by_kind): # are these the places (P, R, n) of a map?
-    if not by_kind: return _fit(at, places, _CLEAR[1]) > _CLEAR[0] and known.may_have(places, at)
-    if _fit(at, places, _LIKELY[1]) > _LIKELY[0]: return True # a kind need only show no other order, unless it grows
-    return known.shrinks_to(places) and np.nanmean(at) < 1 and not _are_apart(at)
-
-def _of_tokens(batch, axes, length, rows, known): # a `Layout`, None or 'odd'
-    clear = {axis: r for axis,r in rows.items() if r != 'odd'}
-    if len(clear) > 1: clear = {axis: r for axis,r in clear.items() if r[0]} # as many channels as tokens
-    if not clear:
-        known.odd |= {length[axis] for axis,r in rows.items() if r == 'odd'}
-        return 'odd' if 'odd' in rows.values() else None
-    tokens = max(clear, key=lambda axis: clear[axis][0])
-    _,first,grid = clear[tokens]
-    known.keep(length[tokens], first, grid)
-    return Layout(batch, sum(axes)-tokens, first, grid)
-
-def _of_parts(axes, length, rows, maps, known): # None, if this is the inside of a layer, or 'odd'
-    if not rows: return None
-    if len(axes) > 2 and all(length[axis] in known.rows for axis in rows): return None # of heads, or of pairs of tokens
-    for places,(at,grid) in maps.items(): # maps of heads
-        if set(rows) <= set(places) and _fit(at, grid, _CLEAR[1]) > _CLEAR[0]: return None
-    return 'odd'
-
 # %% ../nbs/04a_layers.ipynb #1a9e0021
 class ShapeError(ValueError): "A layer's output is no map"
 
+# %% ../nbs/04a_layers.ipynb #896f2566
 class BatchError(ShapeError): "A layer's output has more maps than there are images, or fewer"
 
+# %% ../nbs/04a_layers.ipynb #770e3f20
 def described(out # What a layer puts out
              )->str: # Its shape, or what there is, in words
     "What a layer puts out, for messages"
@@ -329,6 +363,7 @@ def described(out # What a layer puts out
     if isinstance(out, dict): return f"a {type(out).__name__} with the entries {', '.join(map(str, out))}"
     return type(out).__name__
 
+# %% ../nbs/04a_layers.ipynb #26b636ac
 _PLACES = {1: 'l', 2: 'h, w', 3: 'd, h, w'} # of a signal, a picture, a volume or a video
 
 @dataclass(frozen=True)
@@ -351,44 +386,52 @@ class AsMap:
     @property
     def _wanted(self): return f"(N, K, {_PLACES[len(self.shape)-2]})"
 
-    def _reshaped(self, out):
-        size = (tuple(self.shape[2:]),) if self.reshape in (tokens_to_map, channels_first) else ()
-        try: maps = self.reshape(out, *size)
-        except Exception as e:
-            raise ShapeError(f"reshape does not fit layer {self.name!r}, which puts out {described(out)}: "
-                             f"{type(e).__name__}: {e}") from e
-        if isinstance(maps, torch.Tensor) and maps.ndim == len(self.shape): return maps
-        raise ShapeError(f"reshape must make {self._wanted} of what layer {self.name!r} puts out, {described(out)}; "
-                         f"it made {described(maps)}")
+# %% ../nbs/04a_layers.ipynb #7070faa3
+@patch
+def _reshaped(self:AsMap, out):
+    size = (tuple(self.shape[2:]),) if self.reshape in (tokens_to_map, channels_first) else ()
+    try: maps = self.reshape(out, *size)
+    except Exception as e:
+        raise ShapeError(f"reshape does not fit layer {self.name!r}, which puts out {described(out)}: "
+                         f"{type(e).__name__}: {e}") from e
+    if isinstance(maps, torch.Tensor) and maps.ndim == len(self.shape): return maps
+    raise ShapeError(f"reshape must make {self._wanted} of what layer {self.name!r} puts out, {described(out)}; "
+                     f"it made {described(maps)}")
 
-    def _laid_out(self, out):
-        try: return self.layout(out)
-        except (AttributeError, IndexError, RuntimeError, TypeError) as e:
-            raise ShapeError(f"layer {self.name!r} puts out {described(out)}, which is arranged otherwise than in the "
-                             f"trial with two images: {e}") from e
+# %% ../nbs/04a_layers.ipynb #cff702b3
+@patch
+def _laid_out(self:AsMap, out):
+    try: return self.layout(out)
+    except (AttributeError, IndexError, RuntimeError, TypeError) as e:
+        raise ShapeError(f"layer {self.name!r} puts out {described(out)}, which is arranged otherwise than in the "
+                         f"trial with two images: {e}") from e
 
-    def _as_it_is(self, out):
-        puts_out,size = f"layer {self.name!r} puts out {described(out)}",tuple(self.shape[2:])
-        needs = f"{puts_out}; a map needs {self._wanted}"
-        if not isinstance(out, torch.Tensor):
-            raise ShapeError(f"{needs}: give a reshape that makes it, or another layer")
-        if out.ndim == 3 and len(size) > 1: raise ShapeError(f"{needs}: {self._of_tokens(out.shape[1])}")
-        if out.ndim != len(self.shape): raise ShapeError(f"{needs}, so take a convolutional layer before it")
-        where = _channels(self.module, out, size)
-        if where == 'first': return out
-        if where == 'last' and _may_be_of(out.shape[1:-1], size): return out.movedim(-1, 1)
-        if where == 'last':
-            raise ShapeError(f"{puts_out}, which has its channels last, and the rest is no grid of images of "
-                             f"{_by(size)}; give a reshape that makes a map, or another layer")
-        last = f"(N, {_PLACES[len(size)]}, K)"
-        raise ShapeError(f"{puts_out}; which axis has the channels can't be seen: if it is the last, {last}, "
-                         f"give reshape=channels_first, and if it is the first, {self._wanted}, "
-                         "reshape=lambda out: out")
+# %% ../nbs/04a_layers.ipynb #353cc84a
+@patch
+def _as_it_is(self:AsMap, out):
+    puts_out,size = f"layer {self.name!r} puts out {described(out)}",tuple(self.shape[2:])
+    needs = f"{puts_out}; a map needs {self._wanted}"
+    if not isinstance(out, torch.Tensor):
+        raise ShapeError(f"{needs}: give a reshape that makes it, or another layer")
+    if out.ndim == 3 and len(size) > 1: raise ShapeError(f"{needs}: {self._for_tokens(out.shape[1])}")
+    if out.ndim != len(self.shape): raise ShapeError(f"{needs}, so take a convolutional layer before it")
+    where = _channels(self.module, out, size)
+    if where == 'first': return out
+    if where == 'last' and _may_be_of(out.shape[1:-1], size): return out.movedim(-1, 1)
+    if where == 'last':
+        raise ShapeError(f"{puts_out}, which has its channels last, and the rest is no grid of images of "
+                         f"{_by(size)}; give a reshape that makes a map, or another layer")
+    last = f"(N, {_PLACES[len(size)]}, K)"
+    raise ShapeError(f"{puts_out}; which axis has the channels can't be seen: if it is the last, {last}, "
+                     f"give reshape=channels_first, and if it is the first, {self._wanted}, "
+                     "reshape=lambda out: out")
 
-    def _of_tokens(self, n): # what to do about (N, n, K)
-        if _patch_grid(n-1, tuple(self.shape[2:])):
-            return "for a vision transformer with a class token give reshape=tokens_to_map"
-        if grid := _patch_grid(n, tuple(self.shape[2:])):
-            return (f"if these are {grid[0]} x {grid[1]} patches without a class token, "
-                    f"give reshape=lambda out: out.transpose(1,2).unflatten(2, {grid})")
-        return "give a reshape that makes it, or another layer"
+# %% ../nbs/04a_layers.ipynb #a341eb64
+@patch
+def _for_tokens(self:AsMap, n): # what to do about (N, n, K)
+    if _patch_grid(n-1, tuple(self.shape[2:])):
+        return "for a vision transformer with a class token give reshape=tokens_to_map"
+    if grid := _patch_grid(n, tuple(self.shape[2:])):
+        return (f"if these are {grid[0]} x {grid[1]} patches without a class token, "
+                f"give reshape=lambda out: out.transpose(1,2).unflatten(2, {grid})")
+    return "give a reshape that makes it, or another layer"

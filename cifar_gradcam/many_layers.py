@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -52,6 +53,7 @@ def joins_by_itself(cam:CAMMethod # A method of many layers
 # %% ../nbs/04fa_many_layers.ipynb #4fa00013
 def _holds(name, other): return name == other or other.startswith(f'{name}.') # by their dotted names
 
+# %% ../nbs/04fa_many_layers.ipynb #d1d6336d
 class AllAtOnce(CAMMethod):
     "A method that asks all its layers in one pass of its own, in `together`; `own_layers` says which there are"
     uses_gradients = False
@@ -64,21 +66,25 @@ class AllAtOnce(CAMMethod):
 
     def meant(self, own, named): return [name for name in own if _holds(named, name)] # by the name of a part
 
-    def layers_for(self, images # (N, C, H, W), or other input as in `inputs_of`
-                  )->list: # Pairs of a dotted name and a module
-        "The layers that are explained for images of this size: the method's own, or those in the parts that were named"
-        inputs = inputs_of(images, self.model)
-        if inputs.own_sizes:
-            raise ValueError(f"{type(self).__name__} takes images of one size, in one tensor (N, C, H, W), got a list")
-        size = inputs.shape[1:]
-        if size not in self._own: self._own[size] = self.own_layers(inputs)
-        names = own = self._own[size]
-        if self.layers:
-            meant = {named: self.meant(own, named) for named,_ in self.layers}
-            for named,some in meant.items():
-                if not some: raise ValueError(self.nothing_in(named, own))
-            names = [name for name in own if any(name in some for some in meant.values())]
-        return [find_layer(self.model, name) for name in names]
+# %% ../nbs/04fa_many_layers.ipynb #33596d61
+@patch
+def layers_for(self:AllAtOnce,
+               images, # (N, C, H, W), or other input as in `inputs_of`
+              )->list: # Pairs of a dotted name and a module
+    "The layers that are explained for images of this size: the method's own, or those in the parts that were named"
+    inputs = inputs_of(images, self.model)
+    if inputs.own_sizes:
+        raise ValueError(f"{type(self).__name__} takes images of one size, in one tensor (N, C, H, W), got a list")
+    size = inputs.shape[1:]
+    if size not in self._own: self._own[size] = self.own_layers(inputs)
+    names = own = self._own[size]
+    if self.layers:
+        meant = {named: self.meant(own, named) for named,_ in self.layers}
+        for named,some in meant.items():
+            if not some: raise ValueError(self.nothing_in(named, own))
+        chosen = {name for some in meant.values() for name in some}
+        names = [name for name in own if name in chosen]
+    return [find_layer(self.model, name) for name in names]
 
 # %% ../nbs/04fa_many_layers.ipynb #4fa00021
 def bias_of(module:nn.Module # A layer
@@ -93,6 +99,13 @@ def bias_of(module:nn.Module # A layer
     if module.weight is not None: scale = scale*module.weight.detach()
     return -mean*scale if bias is None else bias-mean*scale
 
+# %% ../nbs/04fa_many_layers.ipynb #520ea1fc
+def biases_of(model:nn.Module # Any network
+             )->dict: # Dotted name -> (K,)
+    "What each layer of a network adds, by `bias_of`, where it adds something"
+    found = {name: bias_of(m) for name,m in model.named_modules()}
+    return {name: bias for name,bias in found.items() if bias is not None}
+
 # %% ../nbs/04fa_many_layers.ipynb #4fa00024
 class _Adds(Hook): # keeps what a layer puts out, each time that it runs, and hands on a copy
     def start(self):
@@ -104,12 +117,12 @@ class _Adds(Hook): # keeps what a layer puts out, each time that it runs, and ha
         self.outs.append(out)
         return out.clone() # what comes next may write into it
 
-def biases_of(model:nn.Module # Any network
-             )->dict: # Dotted name -> (K,)
-    "What each layer of a network adds, by `bias_of`, where it adds something"
-    found = {name: bias_of(m) for name,m in model.named_modules()}
-    return {name: bias for name,bias in found.items() if bias is not None}
+# %% ../nbs/04fa_many_layers.ipynb #6e1d8590
+def _contributions(bias, out, grad, channels_last): # of a layer's bias (K,), as large as what it puts out
+    at_places = bias if channels_last else bias.reshape(-1, *[1]*(out.ndim-2))
+    return torch.zeros_like(out) if grad is None else at_places*grad
 
+# %% ../nbs/04fa_many_layers.ipynb #58bdf94c
 def full_gradients(model:nn.Module, # In evaluation mode
                    images, # (N, C, *size), or other input as in `inputs_of`
                    score, # Function of logits (N, n_classes) that gives (N,), as `logit_of(classes)`
@@ -132,15 +145,15 @@ def full_gradients(model:nn.Module, # In evaluation mode
                          f"the {type(model).__name__}: a part of it runs under torch.no_grad, or is detached")
     parts = {}
     for (name,out),g in zip(ran, grads[1:]):
-        last = isinstance(adds[name][0], nn.Linear) # it has its channels last
-        bias = biases[name] if last else biases[name].reshape(-1, *[1]*(out.ndim-2))
-        parts.setdefault(name, []).append(torch.zeros_like(out) if g is None else bias*g)
+        channels_last = isinstance(adds[name][0], nn.Linear)
+        parts.setdefault(name, []).append(_contributions(biases[name], out, g, channels_last))
     return x.detach()*grads[0],parts
 
 # %% ../nbs/04fa_many_layers.ipynb #4fa00029
 def _channels_added(parts): # (N, K, *places), contributions -> (N, *places): each channel by itself scaled to 0..1
     return unit_range(parts.abs(), parts.ndim-2).sum(1)
 
+# %% ../nbs/04fa_many_layers.ipynb #f7cea70c
 def _with_biases(model, inputs, output): # dotted name -> the shape of what a layer with a bias puts out, each time
     adds = {name: (model.get_submodule(name), _Adds()) for name in biases_of(model) if name}
     with undisturbed(model): forward(model, inputs, list(adds.values()), output)
@@ -233,24 +246,19 @@ class WinsorCAM(GradCAM):
         return weights.mean(1) if self.importance == 'mean' else weights.amax(1)
 
     def together(self, maps, seen):
-        weights = winsorized(torch.stack([self.importance_of(s.gradients) for s in seen]), self.percentile)
+        importances = torch.stack([self.importance_of(s.gradients) for s in seen])
+        weights = winsorized(importances, self.percentile)
         scaled = [unit_range(m.clamp(min=0), m.ndim-1) for m in maps]
         weighted = [m*w.view(-1, *[1]*(m.ndim-1)) for m,w in zip(scaled, weights)]
         return sum(image_sized(weighted, seen[0].inputs))
 
 # %% ../nbs/04fa_many_layers.ipynb #4fa00061
 _SOFTMAX = F.softmax,torch.softmax,torch.Tensor.softmax
-_MANY_HEADS = inspect.signature(F.multi_head_attention_forward)
 
 class _Attention(TorchFunctionMode): # sees each attention: (N, heads, n, n) or (N*heads, n, n), in `maps`
     def __init__(self):
         super().__init__()
         self.maps,self.oblong = [],[] # `oblong`: shapes of those of some tokens to others
-
-    def _sees(self, attention): # (..., queries, keys): hands it on
-        if attention.shape[-2] == attention.shape[-1]: return self._start(attention)
-        self.oblong.append(tuple(attention.shape[-2:]))
-        return attention
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -259,39 +267,53 @@ class _Attention(TorchFunctionMode): # sees each attention: (N, heads, n, n) or 
         out = func(*args, **kwargs)
         return self._sees(out) if func in _SOFTMAX and self._is_attention(out, *args[1:2], **kwargs) else out
 
+    def _sees(self, attention): # (..., queries, keys): hands it on
+        if attention.shape[-2] == attention.shape[-1]: return self._start(attention)
+        self.oblong.append(tuple(attention.shape[-2:]))
+        return attention
+
     def _start(self, attention): # of a graph
         self.maps.append(attention.detach().requires_grad_(torch.is_grad_enabled()))
         return self.maps[-1]
 
-    def _is_attention(self, out, dim=None, **others):
-        square = out.ndim == 3 and out.shape[-1] == out.shape[-2]
-        return (out.ndim == 4 or square) and out.shape[-1] > 1 and dim in (-1,out.ndim-1)
+# %% ../nbs/04fa_many_layers.ipynb #82c492da
+@patch
+def _is_attention(self:_Attention, out, dim=None, **others):
+    square = out.ndim == 3 and out.shape[-1] == out.shape[-2]
+    return (out.ndim == 4 or square) and out.shape[-1] > 1 and dim in (-1,out.ndim-1)
 
-    def _by_steps(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-        if enable_gqa: key,value = (t.repeat_interleave(query.shape[1]//t.shape[1], 1) for t in (key,value))
-        fit = query @ key.transpose(-2, -1) * (query.shape[-1]**-.5 if scale is None else scale)
-        if is_causal: attn_mask = torch.ones(fit.shape[-2:], dtype=torch.bool, device=fit.device).tril()
-        if attn_mask is not None:
-            fit = fit.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else fit+attn_mask
-        return F.dropout(self._sees(fit.softmax(-1)), dropout_p).to(value.dtype) @ value
+# %% ../nbs/04fa_many_layers.ipynb #65b74f73
+@patch
+def _by_steps(self:_Attention, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None,
+              enable_gqa=False):
+    if enable_gqa: key,value = (t.repeat_interleave(query.shape[1]//t.shape[1], 1) for t in (key,value))
+    fit = query @ key.transpose(-2, -1) * (query.shape[-1]**-.5 if scale is None else scale)
+    if is_causal: attn_mask = torch.ones(fit.shape[-2:], dtype=torch.bool, device=fit.device).tril()
+    if attn_mask is not None:
+        fit = fit.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else fit+attn_mask
+    return F.dropout(self._sees(fit.softmax(-1)), dropout_p).to(value.dtype) @ value
 
-    def _of_many_heads(self, func, args, kwargs):
-        given = _MANY_HEADS.bind(*args, **kwargs)
-        given.apply_defaults()
-        a = given.arguments
-        wants,mean = a['need_weights'],a['average_attn_weights']
-        a.update(need_weights=True, average_attn_weights=False)
-        _,weights = func(*given.args, **given.kwargs) # (N, heads, n, n)
-        n,by,shift = len(a['value']),a['v_proj_weight'],a['in_proj_bias']
-        if not a['use_separate_proj_weight']: by = a['in_proj_weight'].chunk(3)[2]
-        value = F.linear(a['value'], by, None if shift is None else shift.chunk(3)[2]) # (n, N, K)
-        if weights.ndim != 4 or weights.shape[-1] != n:
-            raise ValueError("LeGrad looks at attentions of tokens to tokens, and here is one with keys of its own "
-                             "(add_bias_kv, add_zero_attn), or without a batch")
-        value = value.unflatten(2, (weights.shape[1],-1)).permute(1, 2, 0, 3) # (N, heads, n, d)
-        mixed = (self._sees(weights) @ value).permute(2, 0, 1, 3).flatten(2) # (n, N, K)
-        out = F.linear(mixed, a['out_proj_weight'], a['out_proj_bias'])
-        return out,(weights.mean(1) if mean else weights) if wants else None
+# %% ../nbs/04fa_many_layers.ipynb #6f7767e7
+_MANY_HEADS = inspect.signature(F.multi_head_attention_forward)
+
+@patch
+def _of_many_heads(self:_Attention, func, args, kwargs):
+    given = _MANY_HEADS.bind(*args, **kwargs)
+    given.apply_defaults()
+    a = given.arguments
+    wants,mean = a['need_weights'],a['average_attn_weights']
+    a.update(need_weights=True, average_attn_weights=False)
+    _,weights = func(*given.args, **given.kwargs) # (N, heads, n, n)
+    n,by,shift = len(a['value']),a['v_proj_weight'],a['in_proj_bias']
+    if not a['use_separate_proj_weight']: by = a['in_proj_weight'].chunk(3)[2]
+    value = F.linear(a['value'], by, None if shift is None else shift.chunk(3)[2]) # (n, N, K)
+    if weights.ndim != 4 or weights.shape[-1] != n:
+        raise ValueError("LeGrad looks at attentions of tokens to tokens, and here is one with keys of its own "
+                         "(add_bias_kv, add_zero_attn), or without a batch")
+    value = value.unflatten(2, (weights.shape[1],-1)).permute(1, 2, 0, 3) # (N, heads, n, d)
+    mixed = (self._sees(weights) @ value).permute(2, 0, 1, 3).flatten(2) # (n, N, K)
+    out = F.linear(mixed, a['out_proj_weight'], a['out_proj_bias'])
+    return out,(weights.mean(1) if mean else weights) if wants else None
 
 # %% ../nbs/04fa_many_layers.ipynb #4fa00065
 class _Finished(Hook): # notes which module is done first after each attention
@@ -301,6 +323,7 @@ class _Finished(Hook): # notes which module is done first after each attention
         self.calls += 1
         self.first += [self.name]*(len(self.attention.maps)-len(self.first))
 
+# %% ../nbs/04fa_many_layers.ipynb #f5bb7e7d
 def _attentions(model, inputs, output): # which module was done first after each; what was seen of them
     attention,first = _Attention(),[]
     with undisturbed(model), attention:
@@ -312,6 +335,7 @@ def _around(name): # the module and all that it is a part of, by their names, th
     steps = name.split('.')
     return ['.'.join(steps[:k+1]) for k in range(len(steps))]
 
+# %% ../nbs/04fa_many_layers.ipynb #74592d3e
 def _in_a_list(model, name): # is it one of several in a row?
     return isinstance(model.get_submodule(name.rpartition('.')[0]), (nn.Sequential,nn.ModuleList,nn.ModuleDict))
 
@@ -329,27 +353,34 @@ class _Leaf(Hook): # what a module puts out is made the start of a graph
 
     def _start(self, t): return t.detach().requires_grad_(t.is_floating_point() and torch.is_grad_enabled())
 
+# %% ../nbs/04fa_many_layers.ipynb #01581663
+def _can_differ(t): return isinstance(t, torch.Tensor) and t.requires_grad
+
+# %% ../nbs/04fa_many_layers.ipynb #612c1cf4
 def _goes_round(model, inputs, output, names): # does the output depend on more than the last of these layers' tokens?
     leaves = [_Leaf() for _ in names]
     hooks = [(model.get_submodule(name), leaf) for name,leaf in zip(names, leaves)]
     with undisturbed(model), torch.enable_grad():
         x = inputs.images.detach().clone().requires_grad_()
         out = forward(model, inputs.with_images(x), hooks, output)
-        total = sum(t.float().sum() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+        total = sum(t.float().sum() for t in filter(_can_differ, tree_leaves(out)))
         if not isinstance(total, torch.Tensor): return False
-        others = [t for leaf in leaves[:-1] for t in leaf.starts if isinstance(t, torch.Tensor) and t.requires_grad]
+        others = [t for leaf in leaves[:-1] for t in filter(_can_differ, leaf.starts)]
         return any(g is not None for g in torch.autograd.grad(total, [x, *others], allow_unused=True))
 
-# %% ../nbs/04fa_many_layers.ipynb #4fa00088
-def transformer_layers(model:nn.Module, # A vision transformer
-                       images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
-                       output=None, # As in `taken`
-                      )->list: # Dotted names, in the order in which they run
-    "The layers of a transformer, one for each attention. Raises `ValueError` where there are none"
-    return tried_on_few(lambda some: _transformer_layers(model, some, output), inputs_of(images, model))
+# %% ../nbs/04fa_many_layers.ipynb #c6afd032
+def _layer_of_each(model, first): # first: names of what was done first after each attention; None where there is none
+    around = [_around(name) for name in first]
+    layers = []
+    for k,own in enumerate(around):
+        others = {name for those in around[:k]+around[k+1:] for name in those}
+        alone = [name for name in own if name not in others]
+        in_a_list = [name for name in alone if _in_a_list(model, name)]
+        layers.append(next(iter(in_a_list or alone), None))
+    return layers
 
-def _transformer_layers(model, inputs, output):
-    first,maps,oblong = _attentions(model, inputs, output)
+# %% ../nbs/04fa_many_layers.ipynb #2a031c22
+def _check_attentions(model, maps, oblong, n): # raises `ValueError` unless all n images' tokens look at all
     kind = type(model).__name__
     if oblong:
         raise ValueError(f"LeGrad needs attentions of all tokens to all tokens, and in the {kind} {oblong[0][0]} "
@@ -357,18 +388,27 @@ def _transformer_layers(model, inputs, output):
     if not maps:
         raise ValueError(f"LeGrad asks the attention of a vision transformer, and in the {kind} none was seen: no "
                          "softmax over tokens, scaled_dot_product_attention or nn.MultiheadAttention; take GradCAM")
-    if any(m.shape[0] != len(inputs) and (m.ndim == 4 or m.shape[0]%len(inputs)) for m in maps):
+    if any(m.shape[0] != n and (m.ndim == 4 or m.shape[0]%n) for m in maps):
         raise ValueError(f"LeGrad needs attentions of all tokens to all tokens, and the {kind} attends within "
                          "windows, as Swin does; take GradCAM")
-    around = [_around(name) for name in first]
-    names = []
-    for k,those in enumerate(around):
-        alone = [name for name in those if not any(name in other for other in around[:k]+around[k+1:])]
-        names.append(next((name for name in alone if _in_a_list(model, name)), next(iter(alone), None)))
+
+# %% ../nbs/04fa_many_layers.ipynb #4fa00088
+def _transformer_layers(model, inputs, output):
+    first,maps,oblong = _attentions(model, inputs, output)
+    _check_attentions(model, maps, oblong, len(inputs))
+    names = _layer_of_each(model, first)
     if len(first) < len(maps) or None in names or _goes_round(model, inputs, output, names):
-        raise ValueError(f"LeGrad needs layers that hold one attention each, and whose tokens are all that the next "
-                         f"one is given; the {kind} is built in another way: take GradCAM")
+        raise ValueError("LeGrad needs layers that hold one attention each, and whose tokens are all that the next "
+                         f"one is given; the {type(model).__name__} is built in another way: take GradCAM")
     return names
+
+# %% ../nbs/04fa_many_layers.ipynb #20cc35ae
+def transformer_layers(model:nn.Module, # A vision transformer
+                       images, # (N, C, H, W), or other input as in `inputs_of`; two examples are tried
+                       output=None, # As in `taken`
+                      )->list: # Dotted names, in the order in which they run
+    "The layers of a transformer, one for each attention. Raises `ValueError` where there are none"
+    return tried_on_few(lambda some: _transformer_layers(model, some, output), inputs_of(images, model))
 
 # %% ../nbs/04fa_many_layers.ipynb #4fa00069
 class _Tokens(Hook): # keeps a layer's tokens (N, n, K) and attention, and hands on tokens without a past
@@ -408,6 +448,17 @@ class _Last(Hook): # puts the mean tokens of all layers in the place of the last
         means = [a.tokens.mean(1, keepdim=True).expand_as(self.own.tokens) for a in self.asked]
         return self.own.in_place(out, torch.cat(means))
 
+# %% ../nbs/04fa_many_layers.ipynb #13072433
+def _positive(gradient, # Of attentions, (N, heads, n, n) or (N*heads, n, n)
+              tokens, # (N, n, K) of the same layer
+             ): # float32 (N, n): a value for each token that is looked at
+    n = tokens.shape[1]
+    if gradient.shape[-1] != n:
+        raise ValueError(f"LeGrad needs attentions of all tokens to all tokens: there are {n} tokens, and "
+                         f"{gradient.shape[-1]} are attended to; take GradCAM")
+    if gradient.ndim == 3: gradient = gradient.unflatten(0, (len(tokens),-1))
+    return gradient.clamp(min=0).mean((1,2)).float()
+
 # %% ../nbs/04fa_many_layers.ipynb #4fa00092
 class LeGrad(AllAtOnce):
     r"""$\frac1L \sum_l \frac{1}{Hn} \sum_{h,i} \max(0, \partial s^l/\partial A^l_{hij})$ for each patch $j$, where
@@ -421,36 +472,36 @@ class LeGrad(AllAtOnce):
     def nothing_in(self, named, own):
         return f"LeGrad asks layers that hold an attention, and {named!r} is no part of one: these are {', '.join(own)}"
 
-    def together(self, maps, seen):
-        first,n = seen[0],len(seen[0].inputs)
-        last = self._own[first.inputs.shape[1:]][-1]
-        whole = [] # what comes out is of as many examples as there are layers and images: it is looked at below
-        def keep(out):
-            whole.append(out)
-            return torch.zeros(n, 1)
-        with torch.enable_grad(), _Attention() as attention:
-            asked = [_Tokens(s.as_map, attention) for s in seen]
-            hooks = [(s.as_map.module, hook) for s,hook in zip(seen, asked) if s.as_map.name != last]
-            own = asked[-1] if len(hooks) < len(seen) else _Tokens(seen[-1].as_map, attention)
-            hooks.append((first.model.get_submodule(last), _Last(own, asked)))
-            forward(first.model, first.inputs, hooks, keep)
-            out = taken(whole[-1], len(asked)*n, first.output)
-            if not are_logits(out):
-                raise ValueError("LeGrad asks what the head says of a layer's mean token, so the network must put out "
-                                 f"logits (N, n_classes), and the {type(first.model).__name__} does not; take GradCAM")
-            total = first.scores(out).sum()
-        weights,grads = [a.weights for a in asked],[None]
-        if all(t.requires_grad for t in (total, *weights)):
-            grads = torch.autograd.grad(total, weights, allow_unused=True)
-        if any(g is None for g in grads):
-            raise ValueError("no gradient leads from the score back to each attention of the "
-                             f"{type(first.model).__name__}: a part of it runs under torch.no_grad, or is detached")
-        return torch.stack([a.on_grid(self._positive(g, a.tokens)) for a,g in zip(asked, grads)]).mean(0)
+# %% ../nbs/04fa_many_layers.ipynb #75b1fdae
+@patch
+def _scored(self:LeGrad, seen): # the layers' `_Tokens`, and the sum of the scores of all layers and images
+    first,n = seen[0],len(seen[0].inputs)
+    last = self._own[first.inputs.shape[1:]][-1]
+    whole = [] # what comes out is of as many examples as there are layers and images: it is looked at below
+    def keep(out):
+        whole.append(out)
+        return torch.zeros(n, 1)
+    with torch.enable_grad(), _Attention() as attention:
+        asked = [_Tokens(s.as_map, attention) for s in seen]
+        hooks = [(s.as_map.module, hook) for s,hook in zip(seen, asked) if s.as_map.name != last]
+        own = asked[-1] if len(hooks) < len(seen) else _Tokens(seen[-1].as_map, attention)
+        hooks.append((first.model.get_submodule(last), _Last(own, asked)))
+        forward(first.model, first.inputs, hooks, keep)
+        out = taken(whole[-1], len(asked)*n, first.output)
+        if not are_logits(out):
+            raise ValueError("LeGrad asks what the head says of a layer's mean token, so the network must put out "
+                             f"logits (N, n_classes), and the {type(first.model).__name__} does not; take GradCAM")
+        return asked,first.scores(out).sum()
 
-    def _positive(self, gradient, tokens): # of (N, heads, n, n) or (N*heads, n, n) -> (N, n), a value for each key
-        n = tokens.shape[1]
-        if gradient.shape[-1] != n:
-            raise ValueError(f"LeGrad needs attentions of all tokens to all tokens: there are {n} tokens, and "
-                             f"{gradient.shape[-1]} are attended to; take GradCAM")
-        if gradient.ndim == 3: gradient = gradient.unflatten(0, (len(tokens),-1))
-        return gradient.clamp(min=0).mean((1,2)).float()
+# %% ../nbs/04fa_many_layers.ipynb #b085ec30
+@patch
+def together(self:LeGrad, maps, seen):
+    asked,total = self._scored(seen)
+    weights,grads = [a.weights for a in asked],[None]
+    if all(t.requires_grad for t in (total, *weights)):
+        grads = torch.autograd.grad(total, weights, allow_unused=True)
+    if any(g is None for g in grads):
+        raise ValueError("no gradient leads from the score back to each attention of the "
+                         f"{type(self.model).__name__}: a part of it runs under torch.no_grad, or is detached")
+    of_layers = [a.on_grid(_positive(g, a.tokens)) for a,g in zip(asked, grads)]
+    return torch.stack(of_layers).mean(0)

@@ -42,6 +42,7 @@ class GradCAMElementWise(CAMMethod):
 # %% ../nbs/04f_methods.ipynb #97b1a995
 def _ratio(a, b): return torch.where(b == 0, 0., a/torch.where(b == 0, 1., b)) # 0 where nothing is divided by nothing
 
+# %% ../nbs/04f_methods.ipynb #e87d45a6
 class XGradCAM(CAMMethod):
     r"$\sum_k \frac{\sum_{ij} g^k_{ij}A^k_{ij}}{\sum_{ij} A^k_{ij}} A^k$ (Fu et al. 2020, arXiv 2008.02312)"
     def map(self, seen):
@@ -55,6 +56,7 @@ def _plus_plus(a, g, g2, g3): # activations; first three derivatives of exp(scor
     weights = (alpha*g.clamp(min=0)).flatten(2).sum(2)
     return (at_places(weights, a)*a).sum(1)
 
+# %% ../nbs/04f_methods.ipynb #d36c8caf
 class GradCAMPlusPlus(CAMMethod):
     r"""$\sum_k \left(\sum_{ij} \alpha^k_{ij} \max(0, g^k_{ij})\right) A^k$
     with $\alpha = g^2/(2g^2 + g^3\sum_{ab}A_{ab})$
@@ -67,6 +69,7 @@ class GradCAMPlusPlus(CAMMethod):
 def _check_samples(n, least=1):
     if n < least: raise ValueError(f"samples must be at least {least}, got {n}")
 
+# %% ../nbs/04f_methods.ipynb #8dfaeec5
 class SmoothGradCAMPlusPlus(CAMMethod):
     r"""`GradCAMPlusPlus` with $g$, $g^2$ and $g^3$ averaged over noisy copies of the image
     (Omeiza et al. 2019, arXiv 1908.01224)"""
@@ -91,6 +94,19 @@ class SmoothGradCAMPlusPlus(CAMMethod):
             powers = powers + torch.stack([g, g**2, g**3])/self.samples
         return _plus_plus(seen.activations, *powers)
 
+# %% ../nbs/04f_methods.ipynb #a5f40f05
+def _of_largest(maps): # (N, *places), none negative: each in shares of its largest value; 0 where that is 0
+    largest = maps.amax(tuple(range(1, maps.ndim)), keepdim=True)
+    return maps/largest.where(largest != 0, 1.)
+
+# %% ../nbs/04f_methods.ipynb #bd208aea
+def _last_of_each_size(sizes): # sizes: layer -> places of its map, in order; of each places the name of the last layer
+    last = {}
+    for name,places in sizes.items(): # but no part of a later block, in which the size changes
+        before = last.get(places)
+        if before is None or name.count('.') <= before.count('.'): last[places] = name
+    return last
+
 # %% ../nbs/04f_methods.ipynb #4f16b002
 class RefineCAM(CAMMethod):
     r"""$\prod_l \frac{\text{enlarge}(\max(0, M_l))}{\max \text{enlarge}(\max(0, M_l))}$ over layers $l$, where $M_l$ is
@@ -113,10 +129,7 @@ class RefineCAM(CAMMethod):
         sizes = layers_with_maps(self.model, inputs, reshape=self.reshape, output=self.output)
         last,names = self._last_layer(inputs),list(sizes)
         if last in sizes: names = names[:names.index(last)+1] # what comes after it is the answer itself, or no layer
-        by_size = {}
-        for name in names: # of each size the last one, but no part of a later block, in which the size changes
-            before = by_size.get(sizes[name])
-            if before is None or name.count('.') <= before.count('.'): by_size[sizes[name]] = name
+        by_size = _last_of_each_size({name: sizes[name] for name in names})
         _,layout = self._last[inputs.shape[1:]] # of tokens the grid was found by trying
         by_size.pop(sizes.get(last, layout and layout.grid), None)
         return [*(by_size[size] for size in sorted(by_size, key=math.prod, reverse=True)), last]
@@ -132,10 +145,6 @@ class RefineCAM(CAMMethod):
 
     def together(self, maps, seen):
         return math.prod(_of_largest(m) for m in image_sized([m.clamp(min=0) for m in maps], seen[0].inputs))
-
-def _of_largest(maps): # (N, *places), none negative: each in shares of its largest value; 0 where that is 0
-    largest = maps.amax(tuple(range(1, maps.ndim)), keepdim=True)
-    return maps/largest.where(largest != 0, 1.)
 
 # %% ../nbs/04f_methods.ipynb #41b43466
 class FinerCAM(GradCAM):
@@ -189,6 +198,7 @@ def _rows(a): # of (N, K, *places): which are finite, and a row for each place, 
     finite = a.flatten(1).isfinite().all(1)
     return finite,a.flatten(2).where(finite[:,None,None], 0.).transpose(1,2)
 
+# %% ../nbs/04f_methods.ipynb #56532196
 def first_component(a:torch.Tensor # (N, K, *places)
                    )->torch.Tensor: # (N, *places)
     """Each place's K values, projected on the first right singular vector of all places;
@@ -199,12 +209,14 @@ def first_component(a:torch.Tensor # (N, K, *places)
     m = m*torch.where(m.sum(1, keepdim=True) < 0, -1., 1.)
     return m.where(finite[:,None], torch.nan).unflatten(1, a.shape[2:])
 
+# %% ../nbs/04f_methods.ipynb #5af5e36c
 class EigenCAM(CAMMethod):
     r"""$A v_1$, with $v_1$ the first right singular vector of the activations, (places x channels)
     (Muhammad & Yeasin 2020, arXiv 2008.00299). The same for every class"""
     uses_gradients = False
     def map(self, seen): return first_component(seen.activations)
 
+# %% ../nbs/04f_methods.ipynb #126dbd43
 class EigenGradCAM(CAMMethod):
     r"""`EigenCAM` of $g \odot A$, so that the class counts (as in pytorch-grad-cam, but without centring);
     its sign is that of what raises the score, the sum of $g \odot A$ over the channels"""
@@ -220,6 +232,7 @@ def _largest_positive(m): # (N, *places) -> the same, with the sign that makes t
     largest = values.gather(1, values.abs().argmax(1, keepdim=True))
     return m*torch.where(largest < 0, -1., 1.).view(-1, *[1]*(m.ndim-1))
 
+# %% ../nbs/04f_methods.ipynb #2ffc24f2
 class SegEigenCAM(CAMMethod):
     r"""`EigenCAM` of $|g| \odot A$, with the sign that makes the largest value in size positive: what matters
     for the score, be it for or against (Chung & Ying 2025, *Seg-Eigen-CAM*, Applied Sciences 15(13), 7562)"""
@@ -229,8 +242,10 @@ class SegEigenCAM(CAMMethod):
 _KERNELS = dict(sigmoid=lambda rows, gamma: (gamma*rows@rows.mT + 1).tanh(), # of rows (N, P, K): (N, P, P)
                 rbf=lambda rows, gamma: (-gamma*torch.cdist(rows, rows).square()).exp())
 
+# %% ../nbs/04f_methods.ipynb #8f529aa5
 def _in_64_bits(t): return (t.cpu() if t.device.type == 'mps' else t).double() # which MPS does not have
 
+# %% ../nbs/04f_methods.ipynb #581cfa14
 class KPCACAM(CAMMethod):
     r"""$\sqrt\lambda\,u$, the largest eigenvalue and its vector of the centred matrix of $k(a_i, a_j)$, where $a_i$
     is the $K$ activations at place $i$, less their mean (Karmani et al. 2024, arXiv 2410.00267).
@@ -250,7 +265,7 @@ class KPCACAM(CAMMethod):
     def map(self, seen):
         a = seen.activations
         finite,rows = _rows(a)
-        rows = _in_64_bits(rows - rows.mean(1, keepdim=True)) # kernels of similar places differ in their last digits
+        rows = _in_64_bits(rows - rows.mean(1, keepdim=True))
         k = _KERNELS[self.kernel](rows, self.gamma or 1/rows.shape[2])
         centred = k - k.mean(1, keepdim=True) - k.mean(2, keepdim=True) + k.mean((1,2), keepdim=True)
         values,vectors = torch.linalg.eigh(centred) # the largest is the last
@@ -282,6 +297,7 @@ class FEM(CAMMethod):
 def _at_once(size): # images of (H, W) places in one pass: as many as make half a million, at most 128
     return max(1, min(128, 2**19//math.prod(size)))
 
+# %% ../nbs/04f_methods.ipynb #23ff19e2
 class ManyPasses(CAMMethod):
     "A method that needs a pass for each channel of the layer, or for each place"
     uses_gradients = False
@@ -299,6 +315,7 @@ class ManyPasses(CAMMethod):
                         )->int: # For so many channels or places there is room in one pass: of all images, so at least 1
         return max(1, (self.batch_size or _at_once(images.shape[2:]))//len(images))
 
+# %% ../nbs/04f_methods.ipynb #84c0e4d6
 class ScoreCAM(ManyPasses):
     r"""$\sum_k w_k A^k$ with $w = \mathrm{softmax}_k\, s(x \odot H^k)$, $H^k$ being $A^k$ enlarged and scaled to 0..1
     (Wang et al. 2020, arXiv 1910.01279). A pass for each channel"""
@@ -384,6 +401,7 @@ def _spots(at, places, gaussian): # int64 (M,): numbers of places -> (M, *places
         spots = spots[...,None]*along.view(len(at), *[1]*(spots.ndim-1), n)
     return spots
 
+# %% ../nbs/04f_methods.ipynb #f9494608
 class ReciproCAM(ManyPasses):
     r"""$s(A \odot \mathbb 1_p) - s(0)$ for each place $p$: the score when nothing but that place is handed on, and what
     it is without any (Byun & Lee 2022, arXiv 2209.14074, where $s(0)$ stays). A pass for each place"""
@@ -414,6 +432,7 @@ class _Guide(torch.autograd.Function): # hands on a copy; on the way back, only 
     @staticmethod
     def backward(ctx, g): return g.clamp(min=0)
 
+# %% ../nbs/04f_methods.ipynb #2dc4d54f
 _IN_PLACE = torch.relu_,torch.Tensor.relu_
 _RELUS = F.relu,torch.relu,torch.Tensor.relu,*_IN_PLACE
 
@@ -429,6 +448,7 @@ class _GuidedReLUs(TorchFunctionMode): # every ReLU is guided, as a module, a fu
         in_place = func in _IN_PLACE or kwargs.get('inplace', bool(more and more[0]))
         return x.copy_(guided) if in_place else guided
 
+# %% ../nbs/04f_methods.ipynb #69d616dc
 def guided_backprop(model:nn.Module, # In evaluation mode; with ReLUs
                     images, # (N, C, H, W), or other input as in `inputs_of`
                     score, # Function of logits (N, n_classes) that gives (N,), as `logit_of(classes)`
@@ -448,6 +468,7 @@ def guided_backprop(model:nn.Module, # In evaluation mode; with ReLUs
                          f"the {type(model).__name__}: a part of it runs under torch.no_grad, or is detached")
     return grad.float()
 
+# %% ../nbs/04f_methods.ipynb #88fbd840
 class GuidedGradCAM(GradCAM):
     r"""The sum over the colours of guided backpropagation times the enlarged $\max(0, \text{Grad-CAM})$
     (Selvaraju et al. 2017, arXiv 1610.02391). One layer; the map has the image's size"""

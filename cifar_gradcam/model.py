@@ -187,8 +187,8 @@ def as_classifier(model:nn.Module, # A `Classifier`, or a network
     if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, Classifier): return model if info is None else Classifier(model.network, info)
     if info is None:
-        raise TypeError(f"this {type(model).__name__} is a bare network: what its classes are called and how its images "
-                        "were normalised is not known. Give info=ModelInfo(classes=..., mean=..., std=...), "
+        raise TypeError(f"this {type(model).__name__} is a bare network: what its classes are called and how its "
+                        "images were normalised is not known. Give info=ModelInfo(classes=..., mean=..., std=...), "
                         "or what load_model gives, which knows it")
     return Classifier(model, info)
 

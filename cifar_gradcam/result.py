@@ -45,6 +45,7 @@ def _positions(n, idx): # of n things, those that `idx` means, as a slice or int
 def _own(size): # does each image have a size of its own?
     return not size or isinstance(size[0], (tuple,list))
 
+# %% ../nbs/04d_result.ipynb #525e3e91
 def _by(size): # one size in words
     return ' x '.join(map(str, size)) if len(size) > 1 else f'{size[0]} places'
 
@@ -143,6 +144,7 @@ def _words(maps): # the status of maps, (N, *places)
         return 'flat' if top == low else 'ok'
     return [of_one(*one) for one in zip(finite.tolist(), top.tolist(), low.tolist())]
 
+# %% ../nbs/04d_result.ipynb #01b594a3
 @patch(as_prop=True)
 def status(self:CAMResult)->list:
     "For each map: 'ok', 'zero' (nothing speaks for the class), 'flat' (the same everywhere) or 'not finite'"
@@ -157,9 +159,11 @@ def _traits(result, own): # what results that are put together have to agree in,
             'number of classes': 'none' if logits is None else str(logits.shape[1]),
             'target': 'a function' if target is None else 'a class'}
 
+# %% ../nbs/04d_result.ipynb #185330dc
 def _sizes(result): # of each image
     return tuple(result.size) if _own(result.size) else (tuple(result.size),)*len(result)
 
+# %% ../nbs/04d_result.ipynb #05ac0f5c
 def _shares(result): # float32 (N, d)
     return result.raw.new_ones(len(result), result.raw.ndim-1) if result.shares is None else result.shares
 
@@ -190,6 +194,7 @@ def _tensors(result): # name -> what a file holds of it, on the CPU
     kept = {k: getattr(result, k) for k in ('raw','logits','target','shares')}
     return {k: v.contiguous().cpu() for k,v in kept.items() if v is not None}
 
+# %% ../nbs/04d_result.ipynb #0bf78962
 def _about(result): # and what is said of these
     return json.dumps(dict(size=list(result.size), layer=result.layer, method=result.method))
 
@@ -229,11 +234,12 @@ def _in_turn(results): # of as many images each: one of each, again and again
     return CAMResult.cat(results)[torch.arange(sum(map(len, results))).view(len(results), -1).T.flatten()]
 
 # %% ../nbs/04d_result.ipynb #1d9e1608
-_TYPES = {torch.int64: 'I64', torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
-
 def _in_order(result): # its tensors, the largest numbers first, so that all begin at multiples of their size
     tensors = {k: t for k in ('raw','logits','target','shares') if (t := getattr(result, k)) is not None}
     return dict(sorted(tensors.items(), key=lambda named: -named[1].element_size()))
+
+# %% ../nbs/04d_result.ipynb #f7d6d558
+_TYPES = {torch.int64: 'I64', torch.float64: 'F64', torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
 
 def _header(empty, # A result without images, but for its sizes
             n:int, # How many there will be
@@ -247,6 +253,7 @@ def _header(empty, # A result without images, but for its sizes
     text += b' '*(-len(text)%8)
     return len(text).to_bytes(8, 'little') + text
 
+# %% ../nbs/04d_result.ipynb #c9378547
 def joined_files(sets, # In the order of the images, lists of files whose images take turns, as many in each
                  n:int, # How many images there are; what is in the files beyond is left out
                  more:dict, # Metadata for the new file: texts
@@ -265,11 +272,17 @@ def joined_files(sets, # In the order of the images, lists of files whose images
             left -= len(r)
 
 # %% ../nbs/04d_result.ipynb #5fd86052
-def colorize(heatmap:np.ndarray # (..., H, W) in [0, 1]
+def colorize(heatmap:np.ndarray, # (..., H, W) in [0, 1]
+             cmap=None, # One of matplotlib's colour maps, or its name; None: `CMAP`
             )->np.ndarray: # uint8 (..., H, W, 3)
-    "A heat map in colours"
-    return matplotlib.colormaps[CMAP](np.asarray(heatmap), bytes=True)[...,:3]
+    "A heat map in colours. Raises `TypeError` or `ValueError` for what is no colour map"
+    try: colours = matplotlib.colormaps.get_cmap(CMAP if cmap is None else cmap)
+    except (TypeError,ValueError) as e:
+        raise type(e)("cmap must be one of matplotlib's colour maps or its name, such as 'turbo' or 'cividis', "
+                      f"got {CMAP if cmap is None else cmap!r}") from None
+    return colours(np.asarray(heatmap), bytes=True)[...,:3]
 
+# %% ../nbs/04d_result.ipynb #3d13cab9
 def _picture(image): # an overlay's first argument, checked
     if isinstance(image, (str,os.PathLike)):
         raise TypeError(f"image must be a uint8 array (H, W, 3), got the path '{image}': give read_image of it")
@@ -280,6 +293,7 @@ def _picture(image): # an overlay's first argument, checked
     if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3: return image
     raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
 
+# %% ../nbs/04d_result.ipynb #e687f2f8
 _DRAWN_BY = {1: "a signal's map is drawn by color_line", 2: "a picture's map is drawn by overlay",
              3: "a volume's map is drawn by montage"}
 
@@ -300,17 +314,28 @@ def _heatmap(heatmap, axes=2): # a heat map, checked: of a signal, a picture or 
     raise ValueError(f"heatmap must lie in [0, 1], got {heatmap.min():.3g}..{heatmap.max():.3g}; "
                      "of a result that is .heatmaps, not .raw")
 
+# %% ../nbs/04d_result.ipynb #549e2253
+def _over_grey(image, colours, alpha): # uint8 (H, W, 3), of both; the more of the colours, the darker the image
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[...,None].astype(np.float32)
+    share = alpha*(1 + (1-alpha)*(1-grey/255))
+    return np.round((1-share)*grey + share*colours).astype(np.uint8)
+
+# %% ../nbs/04d_result.ipynb #fb37e094
 def overlay(image:np.ndarray, # uint8 (H, W, 3), of any size
             heatmap, # (h, w) in [0, 1], array or tensor; resized to the image where its size differs
             alpha:float=.3, # Share of the heat map, 0..1
+            cmap=None, # One of matplotlib's colour maps, or its name, as for `colorize`; None: `CMAP`
+            gray:bool=False, # Over the image in grey, where all colour is the map's? Dark pixels take more of it
            )->np.ndarray: # uint8 (H, W, 3)
     """The heat map's colours mixed into the image; the image keeps its brightness.
-    Raises `TypeError` or `ValueError` for what is no picture or no heat map"""
+    Raises `TypeError` or `ValueError` for what is no picture, no heat map or no colour map"""
     image,heatmap = _picture(image),_heatmap(heatmap)
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in 0..1, got {alpha}")
     if heatmap.shape != image.shape[:2]:
         heatmap = cv2.resize(heatmap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0,1)
-    return cv2.addWeighted(image, 1-alpha, colorize(heatmap), alpha, 0) # rounded, and in 8 bits all the way
+    colours = colorize(heatmap, cmap)
+    if gray: return _over_grey(image, colours, alpha)
+    return cv2.addWeighted(image, 1-alpha, colours, alpha, 0) # rounded, and in 8 bits all the way
 
 # %% ../nbs/04d_result.ipynb #1d9e0051
 def _numbers(given, want): # an array of finite numbers, from an array or a tensor; `want`: what it must be, in words
@@ -324,9 +349,11 @@ def _numbers(given, want): # an array of finite numbers, from an array or a tens
     if finite.all(): return given
     raise ValueError(f"{want}, of finite numbers, got {given[~finite][0]} among them; give np.nan_to_num of it")
 
+# %% ../nbs/04d_result.ipynb #3e07344c
 def _scaled(values, low, high): # from low..high to 0..1; 0 where there is but one value
     return (values.astype(float)-low)/np.where(high > low, high-low, 1)
 
+# %% ../nbs/04d_result.ipynb #5fe1569e
 def _fitted(heatmap, size): # float32 (*places) in 0..1 -> (*size)
     if heatmap.shape == size: return heatmap
     return enlarge(torch.from_numpy(heatmap)[None], size)[0].clamp(0,1).numpy()
@@ -339,6 +366,14 @@ def _channels(signal): # a signal, checked: float64 (C, L)
     hint = '; of several signals give one, signal[0]' if signal.ndim == 3 else ''
     raise ValueError(f"{want}, got {signal.shape}{hint}")
 
+# %% ../nbs/04d_result.ipynb #a11de6a2
+def _pieces(lines): # (C, L), heights -> (C*L, 3, 2): x and y of where each point's piece begins, is and ends
+    points = np.stack(np.broadcast_arrays(np.arange(lines.shape[1]), lines), -1)
+    between = (points[:,1:]+points[:,:-1])/2
+    begin,end = np.concatenate([points[:,:1], between], 1),np.concatenate([between, points[:,-1:]], 1)
+    return np.stack([begin, points, end], 2).reshape(-1,3,2)
+
+# %% ../nbs/04d_result.ipynb #80aa8176
 def color_line(signal, # (L,), or (C, L) for C channels, array or tensor
                heatmap, # (l,) in [0, 1], array or tensor; resized to the signal where its length differs
                ax=None, # The matplotlib axes to draw on; None: those of a new figure
@@ -357,12 +392,9 @@ def color_line(signal, # (L,), or (C, L) for C channels, array or tensor
         lines = .8*_scaled(lines, lines.min(1, keepdims=True), lines.max(1, keepdims=True)) - np.arange(c)[:,None]
         ax.set_yticks(.4-np.arange(c), range(c))
         ax.set_ylabel('channel')
-    points = np.stack(np.broadcast_arrays(np.arange(n), lines), -1) # (C, L, 2): x and y
-    between = (points[:,1:]+points[:,:-1])/2
-    begin,end = np.concatenate([points[:,:1], between], 1),np.concatenate([between, points[:,-1:]], 1)
-    pieces = np.stack([begin, points, end], 2).reshape(-1,3,2) # around each point, halfway to its neighbours
     colours = np.tile(_fitted(heatmap, (n,)), c)
-    ax.add_collection(LineCollection(pieces, array=colours, cmap=CMAP, clim=(0,1), linewidth=2, capstyle='round'))
+    pieces = LineCollection(_pieces(lines), array=colours, cmap=CMAP, clim=(0,1), linewidth=2, capstyle='round')
+    ax.add_collection(pieces)
     ax.autoscale_view()
     return ax
 
@@ -371,6 +403,7 @@ def _evenly(n, most): # at most that many of n things, evenly spread: the middle
     few = min(n, most)
     return ((np.arange(few)+.5)*n/few).astype(int)
 
+# %% ../nbs/04d_result.ipynb #a644a444
 def _in_rows(pictures, columns): # uint8 (n, H, W, 3) -> one picture of them all, white between them
     n,h,w,_ = pictures.shape
     rows,columns,gap = -(-n//columns),min(n, columns),2 # pixels
@@ -389,6 +422,7 @@ def _volume(volume): # checked: (D, H, W, 1 or 3)
     hint = '; of what a network takes give one channel, (D, H, W), or the colours last' if volume.ndim in (4,5) else ''
     raise ValueError(f"{want}, got {volume.shape}{hint}")
 
+# %% ../nbs/04d_result.ipynb #91889d82
 def montage(volume, # (D, H, W), or (D, H, W, 3) in colour, array or tensor; what is not uint8, over its own range
             heatmap, # (d, h, w) in [0, 1], array or tensor; resized to the volume where its size differs
             n:int=8, # How many slices, at most
@@ -414,6 +448,7 @@ def _explains(result, k): # what map k is of, in words
     label = int(result.target[k])
     return f'class {label}' if logits is None else f'class {label} ({logits.softmax(0)[label].item():.2f})'
 
+# %% ../nbs/04d_result.ipynb #506f3e1d
 def _strongest(m): # where a map, (*places), is strongest, in words
     names = {1: ['place'], 2: ['row','column'], 3: ['slice','row','column']}[m.ndim]
     at = np.unravel_index(int(m.argmax()), m.shape)
@@ -440,20 +475,22 @@ _STYLES = { # of image and figure
     2: ('width:72px;image-rendering:pixelated', 'margin:2px;width:84px;text-align:center'),
     3: ('max-width:100%;image-rendering:pixelated', 'margin:2px;text-align:center')}
 
+def _figure(result, k, status): # map k as HTML
+    m,says = _places_drawn(result, k),_explains(result, k)
+    if status != 'ok': says += f', {status}'
+    if m.ndim == 3 and len(m) > _SHOWN:
+        says += f", slices {', '.join(str(i+1) for i in _evenly(len(m), _SHOWN))} of {len(m)}"
+    png = cv2.imencode('.png', _small_picture(m)[...,::-1])[1].tobytes()
+    top = f'; {_strongest(m)}' if status == 'ok' else ''
+    image_style,style = _STYLES[m.ndim]
+    image = html_image(png, f'map {k+1}: {says}{top}', image_style)
+    return f'<figure style="{style}">{image}<figcaption>{says}</figcaption></figure>'
+
+# %% ../nbs/04d_result.ipynb #e33250d3
 @patch
 def _repr_html_(self:CAMResult):
     some = self[:_SHOWN]
-    image_style,style = _STYLES[self.raw.ndim-1]
-    figures = []
-    for k,status in enumerate(some.status):
-        m,says = _places_drawn(some, k),_explains(some, k)
-        if status != 'ok': says += f', {status}'
-        if m.ndim == 3 and len(m) > _SHOWN:
-            says += f", slices {', '.join(str(i+1) for i in _evenly(len(m), _SHOWN))} of {len(m)}"
-        png = cv2.imencode('.png', _small_picture(m)[...,::-1])[1].tobytes()
-        top = f'; {_strongest(m)}' if status == 'ok' else ''
-        image = html_image(png, f'map {k+1}: {says}{top}', image_style)
-        figures.append(f'<figure style="{style}">{image}<figcaption>{says}</figcaption></figure>')
+    figures = ''.join(_figure(some, k, status) for k,status in enumerate(some.status))
     more = f'<p>and {len(self)-_SHOWN:,} more</p>' if len(self) > _SHOWN else ''
-    side_by_side = f'<div style="display:flex;flex-wrap:wrap">{"".join(figures)}</div>'
+    side_by_side = f'<div style="display:flex;flex-wrap:wrap">{figures}</div>'
     return f'<div><p>{html.escape(repr(self))}</p>{side_by_side}{more}</div>'

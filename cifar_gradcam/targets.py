@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../nbs/04c_targets.ipynb #1c9e0102
 def _named(out): # the parts that have names: name -> part
@@ -28,6 +29,7 @@ def _got(thing): # what somebody gave, in words
     is_array = isinstance(thing, (torch.Tensor, np.ndarray))
     return f'{thing.dtype} of shape {tuple(thing.shape)}' if is_array else type(thing).__name__
 
+# %% ../nbs/04c_targets.ipynb #8813eec7
 def _contents(out): # what is in it, in words
     kind = type(out).__name__
     if isinstance(out, torch.Tensor): return _got(out)
@@ -51,6 +53,7 @@ def _picked(out, output): # the part of `out` that `output` says
 def _are_detections(out): # something with names for each image?
     return isinstance(out, (tuple,list)) and len(out) > 0 and all(isinstance(one, Mapping) for one in out)
 
+# %% ../nbs/04c_targets.ipynb #dde7cbf3
 def _main(out): # the part that is the answer; None where that can't be told
     if isinstance(out, torch.Tensor) or _are_detections(out): return out
     named = _named(out)
@@ -66,6 +69,7 @@ def _rows(out, n): # a tensor with an axis for the inputs and one for the classe
     if n == 1 and out.ndim < 2: return out.reshape(1,-1)
     return out[:,None] if out.ndim == 1 else out
 
+# %% ../nbs/04c_targets.ipynb #b3d1966a
 def _checked(out, n): # what was taken, as targets expect it
     if isinstance(out, torch.Tensor):
         rows = _rows(out, n)
@@ -90,6 +94,10 @@ def taken(out, # What a network put out
     raise ValueError(f"{there_is} {_contents(whole)}; say which part is to be explained: output='name', "
                      "a number or a function")
 
+# %% ../nbs/04c_targets.ipynb #0ce40157
+def _has_text(target):
+    return isinstance(target, str) or isinstance(target, (tuple,list)) and any(map(_has_text, target))
+
 # %% ../nbs/04c_targets.ipynb #1c9e0020
 def class_numbers(target, # What a user gave: an int, or ints in a sequence, an array or a tensor
                   # How an error begins: what it must be
@@ -102,9 +110,6 @@ def class_numbers(target, # What a user gave: an int, or ints in a sequence, an 
         told = "a class is told by its number, as in info.classes.index('cat'); " if _has_text(target) else ''
         raise TypeError(f"{rule}; {told}got {reprlib.repr(target)}")
     return t.long()
-
-def _has_text(target):
-    return isinstance(target, str) or isinstance(target, (tuple,list)) and any(map(_has_text, target))
 
 # %% ../nbs/04c_targets.ipynb #1c9e0120
 def _for_each(classes, # int64, () or (N,)
@@ -201,32 +206,40 @@ class Region:
         logits = _in_32_bits(output[torch.arange(n, device=output.device), classes])
         return torch.where(self._places(output, classes), logits, 0).flatten(1).sum(1)
 
-    def _places(self, output, classes): # bool (N, *size) or (1, *size): which are added up
-        n,k,*size = output.shape
-        if self.mask is None and k == 1: return output[:,0] > 0
-        if self.mask is None: return output.argmax(1) == classes.reshape(n, *[1]*len(size))
-        mask = self.mask.to(output.device, copy=True) # the user's may be a tensor of inference mode
-        if mask.ndim == len(size): mask = mask[None]
-        if mask.shape in ((n,*size), (1,*size)): return mask
-        raise ValueError(f"mask must be as large as the output, {tuple(size)} or {(n,*size)}; "
-                         f"got shape {tuple(self.mask.shape)}")
-
-    def decided(self, output # Of the images themselves
-               )->'Region':
-        "The same places, where they were left to the prediction"
-        is_open = self.mask is None and isinstance(output, torch.Tensor) and output.ndim > 2
-        if not is_open: return self
-        n,k = output.shape[:2]
-        return replace(self, mask=self._places(output, _for_each(self.classes.to(output.device), n, k, '')))
-
-    def mirrored(self, width # Of the images, pixels; the mask has a width of its own
-                )->'Region':
-        "The same places in images that are mirrored left to right"
-        return self if self.mask is None else replace(self, mask=self.mask.flip(-1))
-
     def __repr__(self):
         where = 'where it is predicted' if self.mask is None else 'over a mask'
         return f"{'classes' if self.classes.ndim else 'class'} {reprlib.repr(self.classes.tolist())} {where}"
+
+# %% ../nbs/04c_targets.ipynb #ddd09f53
+@patch
+def _places(self:Region, output, classes): # bool (N, *size) or (1, *size): which are added up
+    n,k,*size = output.shape
+    if self.mask is None and k == 1: return output[:,0] > 0
+    if self.mask is None: return output.argmax(1) == classes.reshape(n, *[1]*len(size))
+    mask = self.mask.to(output.device, copy=True) # the user's may be a tensor of inference mode
+    if mask.ndim == len(size): mask = mask[None]
+    if mask.shape in ((n,*size), (1,*size)): return mask
+    raise ValueError(f"mask must be as large as the output, {tuple(size)} or {(n,*size)}; "
+                     f"got shape {tuple(self.mask.shape)}")
+
+# %% ../nbs/04c_targets.ipynb #e3b8a69e
+@patch
+def decided(self:Region,
+            output, # Of the images themselves
+           )->Region:
+    "The same places, where they were left to the prediction"
+    is_open = self.mask is None and isinstance(output, torch.Tensor) and output.ndim > 2
+    if not is_open: return self
+    n,k = output.shape[:2]
+    return replace(self, mask=self._places(output, _for_each(self.classes.to(output.device), n, k, '')))
+
+# %% ../nbs/04c_targets.ipynb #26c1aad9
+@patch
+def mirrored(self:Region,
+             width, # Of the images, pixels; the mask has a width of its own
+            )->Region:
+    "The same places in images that are mirrored left to right"
+    return self if self.mask is None else replace(self, mask=self.mask.flip(-1))
 
 # %% ../nbs/04c_targets.ipynb #1c9e0142
 def region(c, # Class: an int, or N ints
@@ -243,11 +256,13 @@ def region(c, # Class: an int, or N ints
 def _is_found(one): # is it what a detector found in an image?
     return isinstance(one, Mapping) and all(isinstance(one.get(k), torch.Tensor) for k in ('boxes','labels','scores'))
 
+# %% ../nbs/04c_targets.ipynb #94822f86
 def _are_sorted_out(output): # is it (N, D, 6): x1, y1, x2, y2, score, label?
     if output.shape[2] != 6: return False
     low,high,score,label = output[...,:2],output[...,2:4],output[...,4],output[...,5]
     return bool((high >= low).all() and (0 <= score).all() and (score <= 1).all() and (label == label.floor()).all())
 
+# %% ../nbs/04c_targets.ipynb #e0d29d70
 def _detections(output): # of each image: boxes (D, 4), from corner to corner, labels (D,) and scores (D,)
     is_float = isinstance(output, torch.Tensor) and output.is_floating_point()
     if is_float and output.ndim == 3 and _are_sorted_out(output.detach()):
@@ -279,6 +294,7 @@ def _listed(x): # numbers in lists, whatever held them
     if hasattr(x, 'tolist'): return x.tolist()
     return [_listed(part) for part in x] if isinstance(x, (tuple,list)) else x
 
+# %% ../nbs/04c_targets.ipynb #1c8f8aa4
 def _depth(x): # of lists in lists
     return 1+max(map(_depth, x), default=0) if isinstance(x, list) else 0
 
@@ -289,6 +305,7 @@ def _label(value): # a label of an object
     if value < 0: raise ValueError(f"a label is an int from 0 on, got {value}")
     return value
 
+# %% ../nbs/04c_targets.ipynb #1ab8bdf7
 def _box(value): # x1, y1, x2, y2
     numbers = isinstance(value, list) and all(type(v) in (int,float) and math.isfinite(v) for v in value)
     if not numbers or len(value) != 4:
