@@ -22,7 +22,7 @@ from .analysis import (Predictions, calibration, class_table, explain, plot_accu
                                     print_class_accuracy, tensorboard_log)
 from .basics import progress_bar
 from .corruptions import plot_robustness, robustness
-from .data import cifar10, holdout, load_data, shapes
+from .data import dataset_called, holdout, load_data
 from .files import write_atomically
 from .engine import CAMMethod
 from .maps import OF_NO_CLASS, explain_picture, plot_explanation
@@ -69,6 +69,14 @@ def write_figures(folder, # Where to, made if need be
         plt.close(fig)
     return files
 
+# %% ../nbs/06a_commands.ipynb #fcb30fc6
+def _setting(recipe, name, text): # the value that the text gives; raises `ValueError` or `KeyError` if it gives none
+    old = getattr(recipe, name)
+    of_each = dict(sizes=int, epochs=float, augmentations=str).get(name) # these have several values
+    if of_each: return tuple(of_each(t) for t in text.split(',') if t)
+    if isinstance(old, bool): return {'true': True, 'false': False}[text.lower()]
+    return type(old)(text)
+
 # %% ../nbs/06a_commands.ipynb #31cf3af7
 def change(recipe:Recipe, # The recipe to begin with
            settings # Texts such as 'lr=0.1', 'sizes=16,32' or 'nesterov=false'
@@ -79,14 +87,10 @@ def change(recipe:Recipe, # The recipe to begin with
         name,equals,value = text.partition('=')
         if name not in names or not equals:
             raise ValueError(f"a setting is name=value, with one of the names {', '.join(names)}; got {text!r}")
-        one,old = dict(sizes=int, epochs=float, augmentations=str).get(name),getattr(recipe, name)
-        try:
-            if one: new[name] = tuple(map(one, filter(None, value.split(','))))
-            elif isinstance(old, bool): new[name] = {'true': True, 'false': False}[value.lower()]
-            else: new[name] = type(old)(value)
+        try: new[name] = _setting(recipe, name, value)
         except (ValueError, KeyError):
-            raise ValueError(f"setting {text!r}: {value!r} is not of the kind of {old!r}") from None
-    return replace(recipe, name='-'.join([recipe.name, *settings]), **new) # at once, for sizes and epochs must fit
+            raise ValueError(f"setting {text!r}: {value!r} is not of the kind of {getattr(recipe, name)!r}") from None
+    return replace(recipe, name='-'.join([recipe.name, *settings]), **new)
 
 # %% ../nbs/06a_commands.ipynb #99ff2f2c
 def metrics_of(trainer, # A finished `Trainer`
@@ -103,13 +107,47 @@ def metrics_of(trainer, # A finished `Trainer`
                 processes=trainer.world, device=str(trainer.device), precision=trainer.history.precision,
                 versions=versions())
 
+# %% ../nbs/06a_commands.ipynb #4c1c9aa7
+def _data_for_all(dataset, root): # what `load_data` gives, in each of the processes that train together
+    rank,world = rank_and_world()
+    if world > 1 and rank: dist.barrier()
+    found = load_data(dataset, root)
+    if world > 1 and not rank: dist.barrier()
+    return found
+
+# %% ../nbs/06a_commands.ipynb #dfa4b658
+def _recipe_for(dataset, recipe, settings, seed): # dataset: a `Dataset`; the others as in `run`
+    if recipe is None and dataset.recipe not in RECIPES:
+        raise ValueError(f"the recipe of {dataset.title} is {dataset.recipe!r}, and there are {', '.join(RECIPES)}")
+    recipe = change(recipe or RECIPES[dataset.recipe], settings)
+    return recipe if seed is None else replace(recipe, seed=seed)
+
+# %% ../nbs/06a_commands.ipynb #b293fc28
+def _folder_for(key, recipe, seed, n_holdout): # where a run goes if nobody says; key: of `DATASETS`
+    seeded = '' if seed is None else f'-seed{seed}'
+    held_out = f'-holdout{n_holdout}' if n_holdout else ''
+    return Path('runs')/f'{key}-{recipe.name}{seeded}{held_out}'
+
+# %% ../nbs/06a_commands.ipynb #078011bb
+def _write_results(folder, t, p, say): # the content of metrics.json, and the number of figures; t: a `Trainer`
+    metrics = metrics_of(t, p)
+    info = replace(t.info, metrics={**t.info.metrics, 'evaluated_on': p.data.split})
+    save_model(t.model, folder/'model.safetensors', info)
+    write_atomically(folder/'metrics.json', json.dumps(metrics, indent=1).encode())
+    say('drawing the figures ...')
+    files = write_figures(folder/'figures', t, p)
+    say('writing the report ...')
+    made_with = versions() | dict(device=str(t.device))
+    write_report(folder/'report.html', t.model, p, t.info, t.history, made_with)
+    return metrics,len(files)
+
 # %% ../nbs/06a_commands.ipynb #d2c6f033
-def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
-        recipe:Recipe|None=None, # How to train; None: 'shapes' for Shapes, 'fast' for CIFAR-10
+def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
+        recipe:Recipe|None=None, # How to train; None: by the data set's own recipe
         settings=(), # Changes to the recipe, see `change`
         seed:int|None=None, # Another seed than the recipe's
         folder=None, # Where everything goes; None: runs/<data set>-<recipe>, with settings, seed and holdout if given
-        root=None, # Folder of CIFAR-10; see `data_root`
+        root=None, # Folder for data sets; see `data_root`
         n_holdout:int=0, # Training images to evaluate on instead of the test set, held out: for choosing recipes
         tensorboard:bool=False, # Log for TensorBoard too?
         device=None, # None: the best there is
@@ -117,21 +155,16 @@ def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
        )->dict: # What metrics.json holds
     "Train, evaluate and explain; write model, history, metrics, figures and the report into one folder"
     with process_group(device := pick_device(device)):
-        rank,world = rank_and_world()
+        rank,_ = rank_and_world()
         def say(text):
             if not rank: print(text, flush=True)
         say('preparing the data ...')
-        if world > 1 and rank: dist.barrier() # rank 0 looks first: it may have to download
-        train,test,line = load_data(dataset, root)
-        if world > 1 and not rank: dist.barrier()
+        train,test,line = _data_for_all(dataset, root)
+        key,known = dataset_called(train.name)
         if n_holdout: train,test = holdout(train, n_holdout)
         say(line + (f'; {n_holdout:,} of the training images held out to evaluate on' if n_holdout else ''))
-        is_shapes = train.name == 'Shapes'
-        recipe = change(recipe or RECIPES['shapes' if is_shapes else 'fast'], settings)
-        name = f"{'shapes' if is_shapes else 'cifar10'}-{recipe.name}"
-        if seed is not None: name,recipe = f'{name}-seed{seed}',replace(recipe, seed=seed)
-        if n_holdout: name += f'-holdout{n_holdout}'
-        folder = Path(folder or Path('runs')/name)
+        recipe = _recipe_for(known, recipe, settings, seed)
+        folder = Path(folder or _folder_for(key, recipe, seed, n_holdout))
         pflop = recipe.pflop(len(train), len(train.classes))
         say(f"recipe '{recipe.name}': {sum(recipe.lengths):g} epochs, {pflop:.3f} PFLOP; everything goes to '{folder}'")
         callback = tensorboard_log(folder/'tensorboard') if tensorboard and not rank else None
@@ -141,40 +174,36 @@ def run(dataset:str='auto', # 'auto', 'cifar10' or 'shapes'
     else: # the run was found finished
         say('evaluating ...')
         p = predictions(t.model, test, t.info)
-    metrics = metrics_of(t, p)
-    info = replace(t.info, metrics={**t.info.metrics, 'evaluated_on': test.split})
-    save_model(t.model, folder/'model.safetensors', info)
-    write_atomically(folder/'metrics.json', json.dumps(metrics, indent=1).encode())
-    say('drawing the figures ...')
-    files = write_figures(folder/'figures', t, p)
-    say('writing the report ...')
-    made_with = versions() | dict(device=str(t.device))
-    write_report(folder/'report.html', t.model, p, t.info, t.history, made_with)
+    metrics,n_figures = _write_results(folder, t, p, say)
     print_class_accuracy(p)
     print(f"{test.name} {test.split}: accuracy {p.accuracy:.2f} %, "
           f"training accuracy {metrics['train_accuracy']:.2f} %, {metrics['pflop']:.3f} PFLOP, "
           f"{metrics['seconds']:.0f} s of training\n"
-          f"in '{folder}': report.html, model.safetensors, history.json, metrics.json, {len(files)} figures\n"
+          f"in '{folder}': report.html, model.safetensors, history.json, metrics.json, {n_figures} figures\n"
           f"{folder/'report.html'}")
     return metrics
 
 # %% ../nbs/06a_commands.ipynb #460d2f01
 def model_and_test(path=PRETRAINED, # File that `save_model` wrote
-                   dataset:str|None=None, # 'cifar10' or 'shapes'; None: the one that it was trained on
-                   root=None, # Folder of CIFAR-10; see `data_root`
+                   dataset:str|None=None, # A key or title of `data.DATASETS`; None: the one that it was trained on
+                   root=None, # Folder for data sets; see `data_root`
                   ): # The model, its `ModelInfo`, and the test set
     "A saved model and the images to test it on. Raises `ValueError` if their classes differ"
     model,info = load_model(path)
-    dataset = dataset or ('shapes' if info.dataset=='Shapes' else 'cifar10')
-    test = shapes('test') if dataset=='shapes' else cifar10('test', root)
+    try: _,known = dataset_called(dataset or info.dataset)
+    except ValueError as e:
+        if dataset: raise
+        raise ValueError(f"'{path}' was trained on {info.dataset!r}: {e}; name the one to test it on") from e
+    test = known.images('test', root)
     if test.classes != info.classes:
         known,there = ', '.join(info.classes), ', '.join(test.classes)
         raise ValueError(f"the model knows the classes {known}; {test.name} has {there}")
     return model,info,test
 
+# %% ../nbs/06a_commands.ipynb #8e959c74
 def evaluate_model(path=PRETRAINED, # File that `save_model` wrote
-                   dataset:str|None=None, # 'cifar10' or 'shapes'; None: the one that it was trained on
-                   root=None, # Folder of CIFAR-10; see `data_root`
+                   dataset:str|None=None, # A key or title of `data.DATASETS`; None: the one that it was trained on
+                   root=None, # Folder for data sets; see `data_root`
                   ): # `Predictions` on the test set
     "Print the accuracy of a model on a test set, class by class"
     model,info,test = model_and_test(path, dataset, root)
@@ -195,8 +224,8 @@ def _made(folder): # the `Path` of a folder, made if need be
 
 # %% ../nbs/06a_commands.ipynb #1b73999b
 def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
-                        dataset:str|None=None, # 'cifar10' or 'shapes'; None: the one that it was trained on
-                        root=None, # Folder of CIFAR-10; see `data_root`
+                        dataset:str|None=None, # A key or title of `data.DATASETS`; None: what it was trained on
+                        root=None, # Folder for data sets; see `data_root`
                         n_images:int=1000, # The first so many of the test set, at least 1
                         out='.', # Folder for the figure
                        ): # `Robustness`
@@ -249,26 +278,27 @@ def _save_explanation(path, picture, result, info, name): # name: of the picture
     plt.close(fig)
 
 # %% ../nbs/06a_commands.ipynb #d1a00002
-def _method(model, name, layer): # the `CAMMethod`; layer: one name or several, separated by commas, or None
+def _method(classifier, name, layer): # the `CAMMethod`; layer: one name or several, separated by commas, or None
     if name not in METHODS: raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
     Method = METHODS[name]
-    if layer is not None: return Method(model, [one.strip() for one in layer.split(',')])
+    if layer is not None: return Method(classifier, [one.strip() for one in layer.split(',')])
     chooses = Method.own_layers is not CAMMethod.own_layers
-    return Method(model, None if chooses else 'layer4')
+    return Method(classifier, None if chooses else classifier.info.layer)
 
 # %% ../nbs/06a_commands.ipynb #8e1f851e
 def explain_images(images, # Paths of pictures, or one path
                    path=PRETRAINED, # File that `save_model` wrote
                    out='.', # Folder for the PNG files
-                   layer:str|None=None, # Dotted name, or several with commas; None: layer4, or the method's own
+                   layer:str|None=None, # Dotted name, or several with commas; None: the model's, or the method's own
                    target:str|None=None, # Name or number of the class to explain; None: the predicted one
                    method:str='GradCAM', # Name of the method, as in `methods.METHODS`
                   )->list: # The files that were written
     """Predict and explain pictures; write `<picture>_cam.png` for each.
     If some cannot be read, none is written: raises `FileNotFoundError` or `ValueError`, which names all of them"""
     pictures = [Path(images)] if isinstance(images, (str,Path)) else [*map(Path, images)]
-    model,info = load_model(path)
-    cam = _method(model, method, layer) # a wrong name is found before any work is done
+    classifier = load_model(path)
+    info = classifier.info
+    cam = _method(classifier, method, layer) # a wrong name is found before any work is done
     target = _class_number(target, info.classes)
     _must_be_readable(pictures)
     files = _map_files(pictures, _made(out))

@@ -18,7 +18,7 @@ import numpy as np
 from .analysis import predictions
 from .basics import Table, progress_bar
 from .data import ImageSet, reseed
-from .model import ModelInfo
+from .model import ModelInfo, as_classifier
 from .pictures import show_images
 
 # %% ../nbs/05a_corruptions.ipynb #b01bd76f
@@ -104,17 +104,20 @@ class Robustness:
     def __repr__(self): return f'{self.table!r}\nclean: {self.clean:.1f} %; {self.n:,} images'
     def _repr_html_(self): return f'{self.table._repr_html_()}<p>clean: {self.clean:.1f} %; {self.n:,} images</p>'
 
-def robustness(model, # (N, 3, H, W) -> (N, n_classes) logits
+# %% ../nbs/05a_corruptions.ipynb #4a903e55
+def robustness(model, # A `Classifier`, or a bare network, (N, 3, H, W) -> (N, n_classes) logits
                data:ImageSet, # Test images
-               info:ModelInfo=ModelInfo(), # For its normalisation
+               info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
                kinds=tuple(CORRUPTIONS), # Keys of `CORRUPTIONS`
                seed:int=0, # Of the noise
               )->Robustness:
     "Accuracy on `data` under each corruption at each strength"
+    network,info = as_classifier(model, info)
+    def accuracy(images): return predictions(network, images, info).accuracy
     kinds = tuple(kinds)
     cases = [(k,s) for k in kinds for s in (1,2,3,4,5)]
-    acc = [predictions(model, corrupt(data, k, s, seed), info).accuracy for k,s in progress_bar(cases, 'corruptions')]
-    return Robustness(kinds, predictions(model, data, info).accuracy, np.array(acc).reshape(-1,5), len(data))
+    corrupted = [accuracy(corrupt(data, k, s, seed)) for k,s in progress_bar(cases, 'corruptions')]
+    return Robustness(kinds, accuracy(data), np.array(corrupted).reshape(-1,5), len(data))
 
 # %% ../nbs/05a_corruptions.ipynb #7740f936
 def plot_robustness(r:Robustness # What `robustness` measured

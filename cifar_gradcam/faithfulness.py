@@ -20,7 +20,7 @@ from torch import nn
 from .basics import Table, device_of, input_for, progress_bar
 from .data import ImageSet, loader
 from .files import digest, write_atomically
-from .model import ModelInfo
+from .model import ModelInfo, as_classifier
 from .pictures import plain_text
 from .scores import (BASELINES, auc, bootstrap, cascade, centre_maps, class_probability, deletion_curve,
                                   drop_and_increase, edge_maps, energy_pointing_game, explained, grid_pointing_game,
@@ -40,6 +40,7 @@ SCORES = { # name: which way is better
     'insertion': '↑', 'deletion': '↓', 'average drop': '↓', 'increase': '↑',
     'ROAD': '↑', 'pointing': '↑', 'energy': '↑', 'GridPG': '↑'}
 
+# %% ../nbs/05e_faithfulness.ipynb #cfda3170
 @dataclass(eq=False)
 class Faithfulness:
     "The scores of every method, image by image; prints as a table of means, and is one in Jupyter"
@@ -77,15 +78,50 @@ class Faithfulness:
         result = cls(**json.loads(Path(path).read_text()))
         return replace(result, scores=_each(result.scores, lambda v: math.nan if v is None else v))
 
+# %% ../nbs/05e_faithfulness.ipynb #718865b3
 def _each(scores, f): # f of every number
     def of_method(lists): return {name: [f(v) for v in numbers] for name,numbers in lists.items()}
     return {method: of_method(lists) for method,lists in scores.items()}
 
+# %% ../nbs/05e_faithfulness.ipynb #e9dbab46
+def _key(classifier, data, *settings): # fingerprint of what the scores depend on
+    tensors = {k: v.detach().cpu() for k,v in classifier.network.state_dict().items()}
+    network = digest(tensors, json.dumps([classifier.info.mean, classifier.info.std]))
+    parts = [data.fingerprint, data.masks is not None, network, *settings]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+# %% ../nbs/05e_faithfulness.ipynb #0fd064f9
+def _taken_up(path, key): # what is kept at `path`, or a result without scores
+    if not path or not Path(path).exists(): return Faithfulness(key)
+    kept = Faithfulness.load(path)
+    if kept.key == key: return kept
+    raise ValueError(f"'{path}' holds results for another network, other images or other settings; "
+                     "delete it, or choose another file")
+
+# %% ../nbs/05e_faithfulness.ipynb #bcdbc87f
+def _scores_of(maps, network, images, target, masks, steps, percents, seed, batch_size): # {score: (N,) tensor}
+    deleted = deletion_curve(network, images, maps, target, steps, batch_size=batch_size)
+    inserted = insertion_curve(network, images, maps, target, steps, batch_size=batch_size)
+    drop,increase = drop_and_increase(network, images, maps, target, batch_size)
+    removed = road(network, images, maps, target, percents, seed=seed, batch_size=batch_size)
+    scores = {'insertion': auc(inserted), 'deletion': auc(deleted), 'average drop': drop, 'increase': increase,
+              'ROAD': removed}
+    if masks is None: return scores
+    masks = torch.from_numpy(masks)
+    return scores | {'pointing': pointing_game(maps, masks), 'energy': energy_pointing_game(maps, masks)}
+
+# %% ../nbs/05e_faithfulness.ipynb #df3b80ac
+def _grid_score(method, pictures, classes, batch_size, device): # (n_mosaics,): mean share over the four cells
+    def share(cell):
+        maps = explained(method, pictures, classes[:,cell], max(1, batch_size//4), device)
+        return grid_pointing_game(maps, cell)
+    return torch.stack([share(cell) for cell in range(4)]).mean(0)
+
 # %% ../nbs/05e_faithfulness.ipynb #44cdb496
-def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
+def faithfulness(model:nn.Module, # A `Classifier`, or a bare network, (N, 3, H, W) -> (N, n_classes) logits
                  data:ImageSet, # Images to ask about; with masks, the pointing games are played too
-                 info:ModelInfo, # For its normalisation
-                 explain:dict, # {method: function (images, target) -> maps (N, H, W)}
+                 info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
+                 explain:dict|None=None, # {method: function (images, target) -> maps (N, H, W)}; None: baselines only
                  path=None, # JSON file that the result is kept in, and taken up from; None: nowhere
                  steps:int=16, # Of insertion and deletion
                  percents=(20,40,60,80), # Of the pixels, that ROAD removes
@@ -95,20 +131,14 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
                 )->Faithfulness:
     """Every score for every method and for the baselines.
     Raises `ValueError` if the file at `path` belongs to something else"""
+    explain,classifier = explain or {},as_classifier(model, info)
+    network,info = classifier
     if twice := explain.keys() & BASELINES: raise ValueError(f"these names belong to the baselines: {', '.join(twice)}")
-    tensors = {k: v.detach().cpu() for k,v in model.state_dict().items()}
-    network = digest(tensors, json.dumps([info.mean, info.std])) # what it says, and not how long its training took
-    settings = [data.fingerprint, data.masks is not None, network, steps, list(percents), n_mosaics, seed]
-    result = Faithfulness(hashlib.sha256(json.dumps(settings).encode()).hexdigest())
-    if path and Path(path).exists():
-        old = Faithfulness.load(path)
-        if old.key != result.key:
-            raise ValueError(f"'{path}' holds results for another network, other images or other settings; "
-                             "delete it, or choose another file")
-        result = old
+    key = _key(classifier, data, steps, list(percents), n_mosaics, seed)
+    result = _taken_up(path, key)
     images,labels = next(iter(loader(data, test_transforms(info.mean, info.std), len(data))))
-    device,images = device_of(model, images),input_for(model, images).cpu()
-    probability = predict(model, data, info, batch_size).softmax(1)
+    device,images = device_of(network, images),input_for(network, images).cpu()
+    probability = predict(network, data, info, batch_size).softmax(1)
     target = probability.argmax(1)
     if n_mosaics:
         confidence = probability.gather(1, labels[:,None])[:,0]
@@ -118,20 +148,8 @@ def faithfulness(model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
         started = time.perf_counter()
         maps = explained(f, images, target, batch_size, device)
         seconds = (time.perf_counter() - started)/len(images)
-        drop,increase = drop_and_increase(model, images, maps, target, batch_size)
-        scores = {'insertion': auc(insertion_curve(model, images, maps, target, steps, batch_size=batch_size)),
-                  'deletion': auc(deletion_curve(model, images, maps, target, steps, batch_size=batch_size)),
-                  'average drop': drop, 'increase': increase,
-                  'ROAD': road(model, images, maps, target, percents, seed=seed, batch_size=batch_size)}
-        if data.masks is not None:
-            masks = torch.from_numpy(data.masks)
-            scores |= {'pointing': pointing_game(maps, masks), 'energy': energy_pointing_game(maps, masks)}
-        if n_mosaics: # they are four times as large
-            shares = []
-            for c in range(4):
-                of_cell = explained(f, pictures, classes[:,c], max(1, batch_size//4), device)
-                shares.append(grid_pointing_game(of_cell, c))
-            scores['GridPG'] = torch.stack(shares).mean(0)
+        scores = _scores_of(maps, network, images, target, data.masks, steps, percents, seed, batch_size)
+        if n_mosaics: scores['GridPG'] = _grid_score(f, pictures, classes, batch_size, device)
         result.scores[method] = {s: v.double().numpy().round(6).tolist() for s,v in scores.items()}
         result.seconds[method] = seconds
         if path: result.save(path)

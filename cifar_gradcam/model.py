@@ -88,6 +88,7 @@ class LayerInfo:
     parameters:int # Its own
     gflop:float # Forward, one image, 10^9 floating-point operations
 
+# %% ../nbs/02_model.ipynb #3cb1f759
 @dataclass(frozen=True)
 class Summary:
     "What a model is made of; prints as a table, and is one in Jupyter"
@@ -125,7 +126,7 @@ def summary(model:nn.Module, # Any model that takes images
     return Summary(tuple(layers), sum(p.numel() for p in model.parameters()), counter.get_total_flops()/1e9)
 
 # %% ../nbs/02_model.ipynb #2e9e0002
-# name of a network in a model file -> function that makes one, of the number of classes
+# name in recipes and model files -> function of the number of classes that makes the network
 NETWORKS = {'resnet18': resnet18, 'tiny': tiny}
 
 # %% ../nbs/02_model.ipynb #955b27e6
@@ -135,7 +136,7 @@ class ModelInfo:
     classes:tuple = CIFAR10_CLASSES # Name of each class, in the order of the logits
     mean:tuple = CIFAR10_MEAN # Normalisation of the input, per channel, full scale being 1
     std:tuple = CIFAR10_STD # Normalisation of the input, per channel, full scale being 1
-    dataset:str = 'CIFAR-10' # What it was trained on
+    dataset:str = 'CIFAR-10' # What it was trained on; of those in `data.DATASETS` the title
     recipe:dict = field(default_factory=dict) # How it was trained
     metrics:dict = field(default_factory=dict) # What it reached
     network:str = 'resnet18' # Its name: a key of `NETWORKS`
@@ -198,11 +199,13 @@ def _network(model): # what is inside
     if isinstance(inner, AveragedModel): inner = inner.module
     return inner if inner is model else _network(inner)
 
+# %% ../nbs/02_model.ipynb #d5cc5382
 def _by_hook(hook, module): # pairs of a weight's name and its value, computed before each pass by what torch hooked on
     if isinstance(hook, WeightNorm): yield hook.name,hook.compute_weight(module)
     elif isinstance(hook, SpectralNorm): yield hook.name,hook.compute_weight(module, do_power_iteration=False)
     elif isinstance(hook, BasePruningMethod): yield hook._tensor_name,hook.apply_mask(module)
 
+# %% ../nbs/02_model.ipynb #25f9db7c
 def _computed(model): # {name: tensor}: the weights that are computed from others
     found = {}
     with eval_mode(model), torch.no_grad(): # in training mode a spectral norm would take a step
@@ -212,6 +215,7 @@ def _computed(model): # {name: tensor}: the weights that are computed from other
             found.update({f'{name}.{weight}'.removeprefix('.'): value for weight,value in weights})
     return found
 
+# %% ../nbs/02_model.ipynb #62bc41ac
 def _state(model): # {name: tensor}, by the names that they have in a network where nothing is computed or compiled
     computed = _computed(model)
     made_of = {f'{k}_{end}' for k in computed for end in ('g','v','u','orig','mask')}
@@ -227,6 +231,7 @@ def _values(model): # {name: tensor}, on the CPU, no two of them in the same mem
         if is_lazy(v) or v.is_meta: raise ValueError(f"{k} has no values yet, so there is nothing to save")
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in state.items()}
 
+# %% ../nbs/02_model.ipynb #c9e1edaa
 def _read_back(tensors, kind, info): # the network that `load_model` will make; kind: class of the model, for errors
     if info.network not in NETWORKS:
         raise ValueError(f"info.network is {info.network!r}, and load_model can make {', '.join(NETWORKS)}; "
@@ -243,6 +248,7 @@ def _read_back(tensors, kind, info): # the network that `load_model` will make; 
                              f"to have it rounded save model.to({read.dtype})")
     return twin.eval()
 
+# %% ../nbs/02_model.ipynb #0dbe79c3
 def _check_same(model, twin, info): # both in evaluation mode
     def build(net): return [(type(m), m.extra_repr()) for m in net.modules() if not hasattr(m, '_orig_mod')]
     if build(model) == build(twin): return
@@ -263,16 +269,16 @@ def _check_same(model, twin, info): # both in evaluation mode
 # %% ../nbs/02_model.ipynb #00b3f3d4
 def save_model(model:nn.Module, # One of `NETWORKS`; wrapped, compiled, averaged or parametrised, if you like
                path, # File to write, named *.safetensors by custom; an old one is replaced
-               info:ModelInfo=ModelInfo(), # What goes with it
+               info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
                half:bool=False, # Round what is float32 to float16?
               ):
     """Save weights and `info` as safetensors, in one step. Raises `ValueError` if a value is too large for `half`,
     or if `load_model` would not read the same network"""
-    if not isinstance(model, nn.Module): raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    model = _network(model)
-    tensors = _values(model)
-    with eval_mode(model), torch.no_grad():
-        _check_same(model, _read_back(tensors, type(model).__name__, info), info)
+    network,info = as_classifier(model, info)
+    network = _network(network)
+    tensors = _values(network)
+    with eval_mode(network), torch.no_grad():
+        _check_same(network, _read_back(tensors, type(network).__name__, info), info)
     if half:
         rounded = {k: v.half() if v.dtype == torch.float32 else v for k,v in tensors.items()}
         for k,v in rounded.items():
