@@ -16,19 +16,19 @@ import matplotlib.pyplot as plt
 import torch.distributed as dist
 
 from . import __version__
-from .analysis import (Predictions, calibration, class_table, explain, plot_accuracy, plot_calibration,
-                                    plot_class_accuracy, plot_confusion, plot_curves, plot_mistakes,
-                                    plot_mistakes_cam, plot_mistakes_heatmaps, plot_mistakes_pairs, predictions,
-                                    print_class_accuracy, tensorboard_log)
+from .analysis import Predictions, calibration, class_table, predictions, print_class_accuracy
 from .basics import progress_bar
 from .corruptions import plot_robustness, robustness
 from .data import dataset_called, holdout, load_data
 from .files import write_atomically
 from .engine import CAMMethod
-from .maps import OF_NO_CLASS, explain_picture, plot_explanation
+from .maps import (OF_NO_CLASS, explain, explain_picture, plot_explanation, plot_mistakes_cam,
+                                plot_mistakes_heatmaps, plot_mistakes_pairs)
 from .methods import METHODS
 from .model import PRETRAINED, load_model, save_model
 from .pictures import plain_text, read_image
+from .plots import (plot_accuracy, plot_calibration, plot_class_accuracy, plot_confusion, plot_curves,
+                                 plot_mistakes, tensorboard_log)
 from .report import write_report
 from .training import RECIPES, Recipe, fit, pick_device, process_group, rank_and_world
 from .transforms import gallery
