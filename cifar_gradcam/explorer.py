@@ -6,27 +6,27 @@
 __all__ = ['stages', 'Explorer']
 
 # %% ../nbs/05d_explorer.ipynb #edfd1cf3
-import html, textwrap
+import base64, html, textwrap
 from io import BytesIO
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .analysis import Predictions, predictions
-from .basics import html_image, input_for, CMAP, SIGNED
+from .basics import CMAP, SIGNED, html_image
 from .data import ImageSet
 from .engine import CAMMethod, Hook, forward, last_layer, undisturbed
 from .layers import AsMap, ShapeError, find_layer, unwrapped
 from .many_layers import WinsorCAM
 from .methods import METHODS
-from .model import ModelInfo
+from .model import ModelInfo, as_classifier
 from .pictures import plain_text
-from .result import overlay
+from .result import colorize, overlay
 from .targets import contrast
-from .transforms import test_transforms
 
 # %% ../nbs/05d_explorer.ipynb #f40bbf30
 class _Notes(Hook): # adds its layer's name to `found`, if it puts out a map larger than 1 x 1
@@ -37,6 +37,7 @@ class _Notes(Hook): # adds its layer's name to `found`, if it puts out a map lar
         except ShapeError: return
         if maps.shape[2:].numel() > 1: self.found[self.as_map.name] = True
 
+# %% ../nbs/05d_explorer.ipynb #cadff743
 def stages(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
            images:torch.Tensor, # (N, C, H, W); the first two are tried
           )->list: # Dotted names
@@ -48,235 +49,318 @@ def stages(model:nn.Module, # (N, C, H, W) -> (N, n_classes) logits
     with undisturbed(model): forward(model, few, hooks)
     return list(found) or [last_layer(model, images)]
 
+# %% ../nbs/05d_explorer.ipynb #0e4e8d71
+def _of_pair(p, actual, predicted): # numbers of the images that are the one, taken for the other, the surest first
+    some = np.flatnonzero((p.data.labels == actual) & (p.predicted == predicted))
+    return some[np.argsort(-p.probabilities[some].max(1), kind='stable')]
+
+# %% ../nbs/05d_explorer.ipynb #945a340e
+def _compared(p, i): # the classes that are compared in image i: the predicted one, and the other
+    says,is_ = int(p.predicted[i]),int(p.data.labels[i])
+    if says != is_ or len(p.data.classes) < 2: return says,is_
+    ranked = p.logits[i].argsort(descending=True, stable=True).tolist()
+    return says,next(k for k in ranked if k != says)
+
+# %% ../nbs/05d_explorer.ipynb #e8cb693a
+def _or_reason(cam, x, target): # a `CAMResult`, or a text that says why there is none
+    try: return cam(x, target)
+    except (TypeError,ValueError) as e: return str(e)
+
+# %% ../nbs/05d_explorer.ipynb #5c26a26a
+def _three_maps(cam, x, says, other): # of one image: for one class, for the other, and for the one rather than the other
+    a,b,c = (_or_reason(cam, x, target) for target in (says, other, contrast(says, other)))
+    both = not isinstance(a, str) and not isinstance(b, str)
+    alike = both and a.raw.any() and torch.equal(a.raw, b.raw)
+    return a,b,'The map is the same for both classes, so it has no contrast.' if alike else c
+
+# %% ../nbs/05d_explorer.ipynb #a33ca453
+_VIEWS = 'map on picture','map on grey','map','picture'
+
+# %% ../nbs/05d_explorer.ipynb #b5322ebe
+def _drawn(picture, heatmap, view, cmap): # uint8 (H, W, 3), and float32 (H, W) in 0..1 -> uint8 (H, W, 3)
+    if view == 'picture': return picture
+    if view == 'map': return colorize(heatmap, cmap)
+    return overlay(picture, heatmap, .45, cmap, gray=view == 'map on grey')
+
 # %% ../nbs/05d_explorer.ipynb #wr2a0013
 _STATUS = {'ok': 'ok', 'zero': 'zero, nothing speaks for it', # in words
            'flat': 'flat, the same everywhere', 'not finite': 'not finite'}
 
+# %% ../nbs/05d_explorer.ipynb #dd3b974f
+def _title(ax, above, below): ax.set_title(f'{above}\n{below}', fontsize=9)
+
+# %% ../nbs/05d_explorer.ipynb #6681248b
+def _below(ax, text): ax.text(.5, -.03, text, transform=ax.transAxes, ha='center', va='top', fontsize=8)
+
+# %% ../nbs/05d_explorer.ipynb #cc0ac230
+def _instead(ax, text): # in the place of a map
+    ax.text(.5, .5, textwrap.fill(text, 30), transform=ax.transAxes, ha='center', va='center', fontsize=8)
+
+# %% ../nbs/05d_explorer.ipynb #9acd8e79
 def _ipywidgets():
     try: import ipywidgets # only there in a notebook
     except ImportError as e:
         raise ImportError('the explorer needs ipywidgets: pip install "cifar_gradcam[notebook]"') from e
     return ipywidgets
 
-def _title(ax, above, below, color='black'): ax.set_title(f'{above}\n{below}', fontsize=9, color=color)
-
-def _below(ax, text): ax.text(.5, -.03, text, transform=ax.transAxes, ha='center', va='top', fontsize=8)
-
-def _instead(ax, text): # in the place of a map
-    ax.text(.5, .5, textwrap.fill(text, 30), transform=ax.transAxes, ha='center', va='center', fontsize=8)
-
-# %% ../nbs/05d_explorer.ipynb #9acd8e79
+# %% ../nbs/05d_explorer.ipynb #98db26d3
 class Explorer:
     "Controls for a notebook: images of a pair of classes one by one, each with its maps"
     def __init__(self,
-                 model:nn.Module, # (N, 3, H, W) -> (N, n_classes) logits
+                 model:nn.Module, # A `Classifier`, or a network (N, 3, H, W) -> (N, n_classes) logits
                  data, # What to look at: an `ImageSet`, or `Predictions`, if they were made before
-                 info:ModelInfo=ModelInfo(), # For its normalisation
-                 layers=None, # Modules of `model`, or their dotted names; None: those of `stages`
+                 info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
+                 layers=None, # Modules of the network, or their dotted names; None: those of `stages`
+                 cmap=None, # One of matplotlib's colour maps, or its name; None: `CMAP`
                 ):
-        w = _ipywidgets()
+        _ipywidgets()
         if not isinstance(data, (ImageSet,Predictions)):
             raise TypeError(f"data must be an ImageSet or Predictions, got {type(data).__name__}")
         images = data if isinstance(data, ImageSet) else data.data
         if not len(images): raise ValueError("there is no image to look at: data is empty")
-        self.model,self._tfm = model,test_transforms(info.mean, info.std)
-        self._made,self._silent = {},False
-        if layers is None: names = stages(model, self._input(images.images[0]))
-        else: names = [find_layer(model, l)[0] for l in (layers if isinstance(layers, (list,tuple)) else [layers])]
-        if not names: raise ValueError("layers is empty; name at least one, or None for those that are found")
-        self.p = predictions(model, data, info) if isinstance(data, ImageSet) else data
+        colorize([0.], cmap) # what is no colour map is refused before the network works
+        classifier = as_classifier(model, info)
+        self.model,self._prepare,self._cmap = classifier.network,classifier.prepare,CMAP if cmap is None else cmap
+        self._made,self._silent = {},False # the maps so far; is a control being moved by another one?
+        names = self._layers(layers, images)
+        self.p = predictions(self.model, data, classifier.info) if isinstance(data, ImageSet) else data
         if self.p.logits.shape[1] != len(images.classes):
             raise ValueError(f"the model has {self.p.logits.shape[1]} classes, and the data {len(images.classes)}")
-        self._make_controls(w, names)
+        self._make_controls(names)
         self._offer()
         self._begin()
         self._fit_controls()
         self._show()
         self._listen()
 
-    def _input(self, image): return input_for(self.model, self._tfm(image=image)['image'][None])
+# %% ../nbs/05d_explorer.ipynb #c778d954
+@patch
+def _layers(self:Explorer, asked, images): # dotted names of the layers to choose from
+    if asked is None: return stages(self.model, self._prepare(images.images[:1]))
+    names = [find_layer(self.model, l)[0] for l in (asked if isinstance(asked, (list,tuple)) else [asked])]
+    if not names: raise ValueError("layers is empty; name at least one, or None for those that are found")
+    return names
 
-    def _make_controls(self, w, layers): # with `ipywidgets` as w; the actual class is the one with most mistakes
-        n = self.p.confusion.sum(1)
-        wrong = n-self.p.confusion.diagonal()
-        actual = [(f'{c}: {wrong[k]:,} of {n[k]:,} wrong', k) for k,c in enumerate(self.p.data.classes) if n[k]]
-        first = int(wrong.argmax()) if wrong.any() else actual[0][1]
-        label = {'description_width':'70px'}
-        wide = dict(style=label, layout={'width':'300px'})
-        self.actual = w.Dropdown(description='actual', options=actual, value=first, **wide)
-        self.predicted = w.Dropdown(description='predicted', **wide)
-        self.method = w.Dropdown(description='method', options=list(METHODS), **wide)
-        self.layer = w.Dropdown(description='layer', options=layers, value=layers[-1], **wide)
-        self.place = w.IntSlider(description='image', value=1, min=1, max=1, continuous_update=False,
-                                 style=label, layout={'width':'420px'})
-        self.previous,self.next = (w.Button(description=d, layout={'width':'90px'}) for d in ('previous','next'))
-        self.words,self.picture = w.HTML(),w.HTML()
-        self.percentile = w.IntSlider(description='percentile', value=99, min=0, max=100, continuous_update=False,
-                                      style=label, layout={'width':'420px'})
-        rows = ((self.actual, self.predicted), (self.method, self.layer, self.percentile),
-                (self.place, self.previous, self.next))
-        self.box = w.VBox([*map(w.HBox, rows), self.words, self.picture])
+# %% ../nbs/05d_explorer.ipynb #bd73bef5
+@patch
+def _make_controls(self:Explorer, layers):
+    w = _ipywidgets()
+    n = self.p.confusion.sum(1)
+    wrong = n-self.p.confusion.diagonal()
+    actual = [(f'{c}: {wrong[k]:,} of {n[k]:,} wrong', k) for k,c in enumerate(self.p.data.classes) if n[k]]
+    first = int(wrong.argmax()) if wrong.any() else actual[0][1]
+    label = {'description_width':'70px'}
+    listed = dict(style=label, layout={'width':'300px'})
+    slider = dict(continuous_update=False, style=label, layout={'width':'420px'})
+    self.actual = w.Dropdown(description='actual', options=actual, value=first, **listed)
+    self.predicted = w.Dropdown(description='predicted', **listed)
+    self.method = w.Dropdown(description='method', options=list(METHODS), **listed)
+    self.layer = w.Dropdown(description='layer', options=layers, value=layers[-1], **listed)
+    self.percentile = w.IntSlider(description='percentile', value=99, min=0, max=100, **slider)
+    self.place = w.IntSlider(description='image', value=1, min=1, max=1, **slider)
+    self.previous,self.next = (w.Button(description=d, layout={'width':'90px'}) for d in ('previous','next'))
+    self.view = w.ToggleButtons(description='show', options=_VIEWS, style={**label, 'button_width':'auto'})
+    self.words,self.picture = w.HTML(),w.HTML()
+    rows = ((self.actual, self.predicted), (self.method, self.layer, self.percentile),
+            (self.place, self.previous, self.next), (self.view,))
+    self.box = w.VBox([*map(w.HBox, rows), self.words, self.picture])
 
-    def _listen(self): # from here on, a control that is moved changes what is shown
-        for control in (self.actual, self.predicted, self.method, self.layer, self.percentile, self.place):
-            control.observe(self._changed, 'value')
-        self.previous.on_click(lambda _: self._step(-1))
-        self.next.on_click(lambda _: self._step(1))
+# %% ../nbs/05d_explorer.ipynb #640406d6
+@patch(as_prop=True)
+def _chooses_layers(self:Explorer)->bool: # Does the method take several layers, its own?
+    return METHODS[self.method.value].own_layers is not CAMMethod.own_layers
 
-    def _fit_controls(self): # only those that the method has a use for are shown
-        for control,used in ((self.layer, not self._chooses_layers), (self.percentile, self._slides)):
-            control.layout.display = None if used else 'none'
+# %% ../nbs/05d_explorer.ipynb #6a5d675b
+@patch(as_prop=True)
+def _slides(self:Explorer)->bool: # Has the method a percentile?
+    return METHODS[self.method.value] is WinsorCAM
 
-    @property
-    def _chooses_layers(self)->bool: # Does the method take several layers, its own?
-        return METHODS[self.method.value].own_layers is not CAMMethod.own_layers
+# %% ../nbs/05d_explorer.ipynb #4781ae52
+@patch
+def _fit_controls(self:Explorer): # only those that the method has a use for are shown
+    for control,used in ((self.layer, not self._chooses_layers), (self.percentile, self._slides)):
+        control.layout.display = None if used else 'none'
 
-    @property
-    def _slides(self)->bool: # Has the method a percentile?
-        return METHODS[self.method.value] is WinsorCAM
+# %% ../nbs/05d_explorer.ipynb #00f18598
+@patch
+def _offer(self:Explorer): # the classes that the actual one is taken for
+    k = self.actual.value
+    row = self.p.confusion[k]
+    self.predicted.options = [(f'{c}{" (right)" if j == k else ""}: {row[j]:,}', j)
+                              for j,c in enumerate(self.p.data.classes) if row[j]]
+    self.predicted.value = max((j for _,j in self.predicted.options), key=lambda j: (j != k, row[j]))
 
-    @property
-    def _asked(self)->str: # The method and where it looks, in words
-        percentile = f' with percentile {self.percentile.value}' if self._slides else ''
-        return f'{self.method.value}{percentile} at {"its own layers" if self._chooses_layers else self.layer.value}'
+# %% ../nbs/05d_explorer.ipynb #f2a4c890
+@patch
+def _begin(self:Explorer): # at the surest image of the pair
+    self.numbers = _of_pair(self.p, self.actual.value, self.predicted.value)
+    self.place.max,self.place.value = len(self.numbers),1
 
-    def _offer(self): # the classes that the actual one is taken for, the most frequent mistake chosen
-        k = self.actual.value
-        row = self.p.confusion[k]
-        self.predicted.options = [(f'{c}{" (right)" if j == k else ""}: {row[j]:,}', j)
-                                  for j,c in enumerate(self.p.data.classes) if row[j]]
-        self.predicted.value = max((j for _,j in self.predicted.options), key=lambda j: (j != k, row[j]))
+# %% ../nbs/05d_explorer.ipynb #6712d6f2
+@patch
+def _changed(self:Explorer, change):
+    if self._silent: return
+    self._silent = True
+    try:
+        if change.owner is self.actual: self._offer()
+        if change.owner in (self.actual, self.predicted): self._begin()
+        if change.owner is self.method: self._fit_controls()
+        self._show()
+    finally: self._silent = False
 
-    def _begin(self): # at the surest image of the pair
-        p = self.p
-        some = np.flatnonzero((p.data.labels == self.actual.value) & (p.predicted == self.predicted.value))
-        self.numbers = some[np.argsort(-p.probabilities[some].max(1), kind='stable')]
-        self.place.max,self.place.value = len(some),1
+# %% ../nbs/05d_explorer.ipynb #fbef9af0
+@patch
+def _step(self:Explorer, by): self.place.value = min(max(self.place.value+by, 1), len(self.numbers))
 
-    def _changed(self, change): # of what a control causes to change the other controls, nothing is seen here
-        if self._silent: return
-        self._silent = True
-        try:
-            if change.owner is self.actual: self._offer()
-            if change.owner in (self.actual, self.predicted): self._begin()
-            if change.owner is self.method: self._fit_controls()
-            self._show()
-        finally: self._silent = False
+# %% ../nbs/05d_explorer.ipynb #fcfa6824
+@patch
+def _listen(self:Explorer): # from here on, a control that is moved changes what is shown
+    for control in (self.actual, self.predicted, self.method, self.layer, self.percentile, self.place, self.view):
+        control.observe(self._changed, 'value')
+    self.previous.on_click(lambda _: self._step(-1))
+    self.next.on_click(lambda _: self._step(1))
 
-    def _step(self, by): self.place.value = min(max(self.place.value+by, 1), len(self.numbers))
+# %% ../nbs/05d_explorer.ipynb #4089a006
+@patch(as_prop=True)
+def number(self:Explorer)->int: # Where the image on show stands in the data
+    return int(self.numbers[self.place.value-1])
 
-    @property
-    def number(self)->int: # Where the image on show stands in the data
-        return int(self.numbers[self.place.value-1])
+# %% ../nbs/05d_explorer.ipynb #e7e47295
+@patch(as_prop=True)
+def pair(self:Explorer)->tuple: # The predicted class and the one that it is compared with
+    "The other one is the actual class or, where that is the same, the second most probable"
+    return _compared(self.p, self.number)
 
-    @property
-    def _right(self)->bool: # Is the image on show rightly predicted?
-        return self.predicted.value == self.actual.value
+# %% ../nbs/05d_explorer.ipynb #663dcb6d
+@patch(as_prop=True)
+def _asked(self:Explorer)->str: # The method and where it looks, in words
+    percentile = f' with percentile {self.percentile.value}' if self._slides else ''
+    return f'{self.method.value}{percentile} at {"its own layers" if self._chooses_layers else self.layer.value}'
 
-    @property
-    def pair(self)->tuple: # The predicted class and the one that it is compared with
-        "The other one is the actual class or, where that is the same, the second most probable"
-        says,is_ = int(self.predicted.value),int(self.actual.value)
-        if says != is_ or len(self.p.data.classes) < 2: return says,is_
-        ranked = self.p.logits[self.number].argsort(descending=True, stable=True).tolist()
-        return says,next(k for k in ranked if k != says)
+# %% ../nbs/05d_explorer.ipynb #139bd1f5
+@patch
+def _make_maps(self:Explorer):
+    options = {'percentile': self.percentile.value} if self._slides else {}
+    layer = None if self._chooses_layers else self.layer.value
+    cam = METHODS[self.method.value](self.model, layer, **options)
+    return _three_maps(cam, self._prepare(self.p.data.images[[self.number]]), *self.pair)
 
-    def _make_maps(self): # as `maps` gives them
-        options = {'percentile': self.percentile.value} if self._slides else {}
-        cam = METHODS[self.method.value](self.model, None if self._chooses_layers else self.layer.value, **options)
-        x = self._input(self.p.data.images[self.number])
-        def explain(target):
-            try: return cam(x, target)
-            except (TypeError,ValueError) as e: return str(e)
-        a,b,c = (explain(target) for target in (*self.pair, contrast(*self.pair)))
-        if not isinstance(a, str) and not isinstance(b, str) and a.raw.any() and torch.equal(a.raw, b.raw):
-            c = 'The map is the same for both classes, so it has no contrast.'
-        return a,b,c
+# %% ../nbs/05d_explorer.ipynb #66f940ea
+@patch(as_prop=True)
+def maps(self:Explorer)->tuple: # Of each a `CAMResult`, or a text that says why there is none
+    "For the predicted class, for the other one, and for the first rather than the second"
+    key = self.number,self._asked
+    if key not in self._made: self._made[key] = self._make_maps()
+    return self._made[key]
 
-    @property
-    def maps(self)->tuple: # Of each a `CAMResult`, or a text that says why there is none
-        "For the predicted class, for the other one, and for the first rather than the second"
-        key = self.number,self._asked
-        if key not in self._made: self._made[key] = self._make_maps()
-        return self._made[key]
+# %% ../nbs/05d_explorer.ipynb #50977a3c
+@patch(as_prop=True)
+def _right(self:Explorer)->bool: # Is the image on show rightly predicted?
+    return self.predicted.value == self.actual.value
 
-    def __repr__(self): # what is on show, in words
-        p,i,maps = self.p,self.number,self.maps
-        def say(m): return m if isinstance(m, str) else _STATUS[m.status[0]]
-        a,b = (f'{p.data.classes[k]} ({p.probabilities[i,k]:.2f})' for k in self.pair)
-        if self._right: what = f'rightly predicted {a}, compared with {b}, the second most probable'
-        else: what = f'predicted {a}, actually {b}'
-        where = f'{p.data.name} {p.data.split}, image {i}, {self.place.value} of {len(self.numbers)} of its pair'
-        size = next((f', {m.raw.shape[1]} x {m.raw.shape[2]}' for m in maps if not isinstance(m, str)), '')
-        names = *(f'for {p.data.classes[k]}' for k in self.pair),'contrast'
-        found = '; '.join(f'{name}: {say(m)}' for name,m in zip(names, maps))
-        return f'{where}: {what}. {self._asked}{size}; {found}'
+# %% ../nbs/05d_explorer.ipynb #0d223f87
+@patch
+def __repr__(self:Explorer):
+    p,i,maps = self.p,self.number,self.maps
+    def say(m): return m if isinstance(m, str) else _STATUS[m.status[0]]
+    a,b = (f'{p.data.classes[k]} ({p.probabilities[i,k]:.2f})' for k in self.pair)
+    if self._right: what = f'rightly predicted {a}, compared with {b}, the second most probable'
+    else: what = f'predicted {a}, actually {b}'
+    where = f'{p.data.name} {p.data.split}, image {i}, {self.place.value} of {len(self.numbers)} of its pair'
+    size = next((f', {m.raw.shape[1]} x {m.raw.shape[2]}' for m in maps if not isinstance(m, str)), '')
+    names = *(f'for {p.data.classes[k]}' for k in self.pair),'contrast'
+    found = '; '.join(f'{name}: {say(m)}' for name,m in zip(names, maps))
+    return f'{where}: {what}. {self._asked}{size}; {found}'
 
-    @plain_text()
-    def figure(self): # The matplotlib figure
-        "The picture that is on show"
-        fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,2.9), layout='constrained',
-                                                                        width_ratios=(1,1,1,.05,1,.05,.7))
-        for ax in (image,*pair,signed): ax.axis('off')
-        image.imshow(self.p.data.images[self.number], interpolation='nearest')
-        _title(image, f'image {self.number}', f'{self.place.value} of {len(self.numbers)} of its pair')
-        self._draw_pair(pair, scale)
-        self._draw_contrast(signed, signed_scale)
-        self._draw_probabilities(bars)
-        for ax in (scale,signed_scale,bars): ax.tick_params(labelsize=8)
-        return fig
+# %% ../nbs/05d_explorer.ipynb #10e702b6
+@patch
+@plain_text()
+def figure(self:Explorer): # The matplotlib figure
+    "The picture that is on show"
+    fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,2.9), layout='constrained',
+                                                                    width_ratios=(1,1,1,.05,1,.05,.7))
+    for ax in (image,*pair,signed): ax.axis('off')
+    image.imshow(self.p.data.images[self.number], interpolation='nearest')
+    _title(image, f'image {self.number}', f'{self.place.value} of {len(self.numbers)} of its pair')
+    self._draw_pair(pair)
+    self._draw_scale(scale)
+    self._draw_contrast(signed, signed_scale)
+    self._draw_probabilities(bars)
+    for ax in (scale,signed_scale,bars): ax.tick_params(labelsize=8)
+    return fig
 
-    def _draw_pair(self, axs, scale): # what speaks for each class, on one scale
-        p,i,pair,maps = self.p,self.number,self.pair,self.maps[:2]
-        top = max((float(m.positive.max()) for m in maps if not isinstance(m, str)), default=0) or 1.
-        roles = ('predicted, right','second') if self._right else ('predicted','actual')
-        for ax,m,k,color,role in zip(axs, maps, pair, ('tab:red','tab:blue'), roles):
-            _title(ax, f'for {p.data.classes[k]}', f'{role}, {p.probabilities[i,k]:.2f}', color)
-            if isinstance(m, str): _instead(ax, m); continue
-            ax.imshow(overlay(p.data.images[i], m.positive[0]/top, .45), interpolation='nearest')
-            if m.status != ['ok']: _below(ax, _STATUS[m.status[0]])
-        bar = scale.figure.colorbar(matplotlib.cm.ScalarMappable(cmap=CMAP), cax=scale)
-        bar.set_label("share of the pair's maximum", fontsize=8)
+# %% ../nbs/05d_explorer.ipynb #5dce6afb
+@patch
+def _draw_pair(self:Explorer, axs): # what speaks for each class, on one scale
+    p,i,maps = self.p,self.number,self.maps[:2]
+    top = max((float(m.positive.max()) for m in maps if not isinstance(m, str)), default=0) or 1.
+    roles = ('predicted, right','second') if self._right else ('predicted','actual')
+    for ax,m,k,role in zip(axs, maps, self.pair, roles):
+        _title(ax, f'for {p.data.classes[k]}', f'{role}, {p.probabilities[i,k]:.2f}')
+        if isinstance(m, str):
+            _instead(ax, m)
+            continue
+        heatmap = (m.positive[0]/top).cpu().numpy()
+        ax.imshow(_drawn(p.data.images[i], heatmap, self.view.value, self._cmap), interpolation='nearest')
+        if m.status != ['ok']: _below(ax, _STATUS[m.status[0]])
 
-    def _draw_contrast(self, ax, scale): # what speaks for the one rather than for the other
-        says,other = (self.p.data.classes[k] for k in self.pair)
-        result = self.maps[2]
-        _title(ax, 'contrast', f'{says} rather than {other}')
-        if isinstance(result, str):
-            _instead(ax, result)
-            scale.axis('off')
-            return
-        m = result.enlarged()[0].cpu().numpy()
-        limit = float(np.abs(m).max()) or 1.
-        drawn = ax.imshow(m, cmap=SIGNED, vmin=-limit, vmax=limit, interpolation='nearest')
-        ax.figure.colorbar(drawn, cax=scale).set_label(f'red: {says}, blue: {other}', fontsize=8)
-        if result.status[0] == 'not finite': _below(ax, _STATUS['not finite'])
+# %% ../nbs/05d_explorer.ipynb #c886d51b
+@patch
+def _draw_scale(self:Explorer, ax):
+    bar = ax.figure.colorbar(matplotlib.cm.ScalarMappable(cmap=self._cmap), cax=ax)
+    bar.set_label("share of the pair's maximum", fontsize=8)
+    if self.view.value == 'picture':
+        for drawn in ax.findobj(): drawn.set_alpha(0)
 
-    def _draw_probabilities(self, ax): # of the ten most probable classes
-        p,i,(says,other) = self.p,self.number,self.pair
-        best = p.logits[i].argsort(descending=True, stable=True)[:10].tolist()
-        color = {other: 'tab:blue', says: 'tab:red'}
-        ax.barh(range(len(best)), [100*p.probabilities[i,k] for k in best],
-                color=[color.get(k, 'tab:gray') for k in best])
-        ax.set_yticks(range(len(best)), [p.data.classes[k] for k in best])
-        ax.invert_yaxis()
-        ax.set(xlim=(0,100))
-        ax.set_xlabel('probability, %', fontsize=8)
+# %% ../nbs/05d_explorer.ipynb #2cee0685
+@patch
+def _draw_contrast(self:Explorer, ax, scale): # what speaks for the one rather than for the other
+    says,other = (self.p.data.classes[k] for k in self.pair)
+    result = self.maps[2]
+    _title(ax, 'contrast', f'{says} rather than {other}')
+    if isinstance(result, str):
+        _instead(ax, result)
+        scale.axis('off')
+        return
+    m = result.enlarged()[0].cpu().numpy()
+    limit = float(np.abs(m).max()) or 1.
+    drawn = ax.imshow(m, cmap=SIGNED, vmin=-limit, vmax=limit, interpolation='nearest')
+    ax.figure.colorbar(drawn, cax=scale).set_label(f'red: {says}, blue: {other}', fontsize=8)
+    if result.status[0] == 'not finite': _below(ax, _STATUS['not finite'])
 
-    def _show(self):
-        self.words.value = f'{self._asked} is at work ...'
-        png = BytesIO()
-        try: words,fig = repr(self),self.figure()
-        except Exception as e: # a browser would show nothing of it
-            self.words.value = html.escape(f'{type(e).__name__}: {e}')
-            raise
-        fig.savefig(png, dpi=144)
-        plt.close(fig)
-        alt = 'the picture of which the line above says what it shows'
-        style = f'width:{96*fig.get_figwidth():.0f}px;max-width:100%'
-        self.picture.value = html_image(png.getvalue(), alt, style)
-        self.words.value = f'<p style="line-height:1.4">{html.escape(words)}</p>'
+# %% ../nbs/05d_explorer.ipynb #f299a54f
+@patch
+def _draw_probabilities(self:Explorer, ax): # of the ten most probable classes
+    p,i,(says,other) = self.p,self.number,self.pair
+    best = p.logits[i].argsort(descending=True, stable=True)[:10].tolist()
+    color = {other: 'tab:blue', says: 'tab:red'}
+    ax.barh(range(len(best)), [100*p.probabilities[i,k] for k in best],
+            color=[color.get(k, 'tab:gray') for k in best])
+    ax.set_yticks(range(len(best)), [p.data.classes[k] for k in best])
+    ax.invert_yaxis()
+    ax.set(xlim=(0,100))
+    ax.set_xlabel('probability, %', fontsize=8)
 
-    def _ipython_display_(self):
-        from IPython.display import display # only there in Jupyter
-        display(self.box)
+# %% ../nbs/05d_explorer.ipynb #f2d1fb7b
+@patch
+def _show(self:Explorer):
+    self.words.value = f'{self._asked} is at work ...'
+    png = BytesIO()
+    try: words,fig = repr(self),self.figure()
+    except Exception as e:
+        self.words.value = html.escape(f'{type(e).__name__}: {e}')
+        raise
+    fig.savefig(png, dpi=144)
+    plt.close(fig)
+    self._png = png.getvalue()
+    alt = 'the picture of which the line above says what it shows'
+    style = f'width:{96*fig.get_figwidth():.0f}px;max-width:100%'
+    self.picture.value = html_image(self._png, alt, style)
+    self.words.value = f'<p style="line-height:1.4">{html.escape(words)}</p>'
+
+# %% ../nbs/05d_explorer.ipynb #5a473934
+@patch
+def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
+    controls = dict(version_major=2, version_minor=0, model_id=self.box.model_id)
+    return {'application/vnd.jupyter.widget-view+json': controls,
+            'image/png': base64.b64encode(self._png).decode(), 'text/plain': repr(self)}
