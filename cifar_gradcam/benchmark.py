@@ -65,9 +65,10 @@ def our_batches(data:ImageSet, # What to train on
                 size:int=32, # Side of the images, pixels
                ): # Generator of (images, labels), without end
     "Batches from our `loader` and Albumentations"
+    tfm = train_transforms(size=size, mean=CIFAR10_MEAN, std=CIFAR10_STD)
     epoch = 0
     while True:
-        yield from loader(data, train_transforms(size=size), batch_size, shuffle=True, drop_last=True, epoch=epoch)
+        yield from loader(data, tfm, batch_size, shuffle=True, drop_last=True, epoch=epoch)
         epoch += 1
 
 def our_loop(data:ImageSet, # What to train on

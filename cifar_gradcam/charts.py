@@ -127,6 +127,9 @@ def _repr_html_(self:Chart)->str:
     numbers = f'<details><summary>The numbers</summary>{self.table._repr_html_()}</details>'
     return f'<figure style="margin:0">{scrolls}{caption}{numbers}</figure>'
 
+# %% ../nbs/00d_charts.ipynb #c4a20077
+def _short(name): return name if len(name) <= 24 else name[:23] + '…'
+
 # %% ../nbs/00d_charts.ipynb #c4a20030
 def _mark_sizes(ax, history, unit): # unit of the horizontal axis: 'epoch' or 'steps'
     if not history.epochs: return
@@ -181,7 +184,7 @@ def by_epoch(history, # Of a run, finished or under way: a `History`
         raise ValueError(f"keys must be losses or accuracies of {', '.join(_SERIES)}, got {', '.join(keys) or 'none'}")
     what, = units
     unit = '%' if what == 'accuracy' else 'nats'
-    names = [split if _SERIES[key][0] == 'test' else 'training' for key in keys]
+    names = [_short(split) if _SERIES[key][0] == 'test' else 'training' for key in keys]
     points = [_measured(history, key) for key in keys]
     def draw(ax):
         for key,name,known in zip(keys, names, points):
@@ -264,7 +267,7 @@ def class_bars(p # Of a data set: `Predictions`
         ax.barh(places, np.nan_to_num(accuracy[shown]), color=TRAINING, height=.75)
         ax.axvline(p.accuracy, color=TEST, lw=1.5)
         ax.set(xlabel='accuracy, %', xlim=(0,100), ylim=(len(shown)-.4,-.6))
-        ax.set_yticks(places, [classes[k] for k in shown])
+        ax.set_yticks(places, [_short(classes[k]) for k in shown])
         values,all_of_them = ax.secondary_yaxis('right'),ax.secondary_xaxis('top')
         numbers = [f'{a:.1f}' if np.isfinite(a) else '-' for a in accuracy[shown]]
         width = max(map(len, numbers))
@@ -316,15 +319,15 @@ def confusion(p # Of a data set: `Predictions`
              )->Chart:
     "How often each class is taken for each other"
     counts,classes = p.confusion,p.data.classes
-    k = len(classes)
+    k,names = len(classes),[_short(c) for c in classes]
     numbered = k <= _NUMBERED
     def draw(ax):
         ax.imshow(_coloured(counts), interpolation='none')
         ax.set(xlabel='predicted', ylabel='actual')
         ax.spines[:].set(visible=True, alpha=.25)
         if not numbered: return ax.set(xticks=[], yticks=[])
-        ax.set_xticks(range(k), classes, rotation=45, ha='right', rotation_mode='anchor')
-        ax.set_yticks(range(k), classes)
+        ax.set_xticks(range(k), names, rotation=45, ha='right', rotation_mode='anchor')
+        ax.set_yticks(range(k), names)
         ax.tick_params(length=0)
         for i,j in zip(*np.nonzero(counts)): ax.text(j, i, counts[i,j], ha='center', va='center', fontsize=8)
     mistakes = _frequent(counts, classes)
@@ -332,7 +335,7 @@ def confusion(p # Of a data set: `Predictions`
     for true,said,n in mistakes.rows[:1]: often = f'The most frequent mistake: {true}, taken for {said} ({n:,}).'
     text = f'{often} Blue: the share of a class that is recognised. Red: mistakes, the more frequent the stronger.'
     table = Table(('actual',*classes), [(c,*row) for c,row in zip(classes, counts)]) if numbered else mistakes
-    side = 1.2+.36*k if numbered else 6
+    side = .75 + .075*max(map(len, names)) + .36*k if numbered else 6 # inches: room for the names, and the cells
     return Chart('what is taken for what', text, table, (draw,), (side,side))
 
 # %% ../nbs/00d_charts.ipynb #c4a20065

@@ -67,7 +67,7 @@ def _or_reason(cam, x, target): # a `CAMResult`, or a text that says why there i
     except (TypeError,ValueError) as e: return str(e)
 
 # %% ../nbs/05d_explorer.ipynb #5c26a26a
-def _three_maps(cam, x, says, other): # of one image: for one class, for the other, and for the one rather than the other
+def _three_maps(cam, x, says, other): # of one image: for one class, the other, and the one rather than the other
     a,b,c = (_or_reason(cam, x, target) for target in (says, other, contrast(says, other)))
     both = not isinstance(a, str) and not isinstance(b, str)
     alike = both and a.raw.any() and torch.equal(a.raw, b.raw)
@@ -159,7 +159,8 @@ def _make_controls(self:Explorer, layers):
     self.percentile = w.IntSlider(description='percentile', value=99, min=0, max=100, **slider)
     self.place = w.IntSlider(description='image', value=1, min=1, max=1, **slider)
     self.previous,self.next = (w.Button(description=d, layout={'width':'90px'}) for d in ('previous','next'))
-    self.view = w.ToggleButtons(description='show', options=_VIEWS, style={**label, 'button_width':'auto'})
+    self.view = w.ToggleButtons(description='show', options=_VIEWS, layout={'display':'flex'},
+                                style={**label, 'button_width':'120px'})
     self.words,self.picture = w.HTML(),w.HTML()
     rows = ((self.actual, self.predicted), (self.method, self.layer, self.percentile),
             (self.place, self.previous, self.next), (self.view,))
@@ -277,8 +278,9 @@ def __repr__(self:Explorer):
 @plain_text()
 def figure(self:Explorer): # The matplotlib figure
     "The picture that is on show"
-    fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,2.9), layout='constrained',
+    fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,3.), layout='constrained',
                                                                     width_ratios=(1,1,1,.05,1,.05,.7))
+    fig.get_layout_engine().set(h_pad=.12) # inches, for the titles' two lines
     for ax in (image,*pair,signed): ax.axis('off')
     image.imshow(self.p.data.images[self.number], interpolation='nearest')
     _title(image, f'image {self.number}', f'{self.place.value} of {len(self.numbers)} of its pair')

@@ -27,11 +27,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .basics import Table, classify, eval_mode, input_for
-from .data import CIFAR10_CLASSES
 from .files import digest, write_atomically
 from .layers import unwrapped
 from .pictures import in_channels
-from .transforms import CIFAR10_MEAN, CIFAR10_STD, test_transforms
+from .transforms import test_transforms
 
 # %% ../nbs/02_model.ipynb #6eeb9d76
 def resnet18(n_classes:int=10, # Number of classes, at least 1
@@ -133,10 +132,10 @@ NETWORKS = {'resnet18': resnet18, 'tiny': tiny}
 @dataclass(frozen=True)
 class ModelInfo:
     "What has to be known beside the weights"
-    classes:tuple = CIFAR10_CLASSES # Name of each class, in the order of the logits
-    mean:tuple = CIFAR10_MEAN # Normalisation of the input, per channel, full scale being 1
-    std:tuple = CIFAR10_STD # Normalisation of the input, per channel, full scale being 1
-    dataset:str = 'CIFAR-10' # What it was trained on; of those in `data.DATASETS` the title
+    classes:tuple # Name of each class, in the order of the logits
+    mean:tuple # Normalisation of the input, per channel, full scale being 1
+    std:tuple # Normalisation of the input, per channel, full scale being 1
+    dataset:str = '' # What it was trained on; of those in `data.DATASETS` the title
     recipe:dict = field(default_factory=dict) # How it was trained
     metrics:dict = field(default_factory=dict) # What it reached
     network:str = 'resnet18' # Its name: a key of `NETWORKS`

@@ -21,7 +21,7 @@ from .benchmark import Rate, turn
 from .data import loader, shapes
 from .gradcam import GradCAM
 from .model import resnet18
-from .transforms import test_transforms
+from .transforms import CIFAR10_MEAN, CIFAR10_STD, test_transforms
 
 # %% ../nbs/studies/peers.ipynb #d2c00001
 def _forward_pass(model):
@@ -175,7 +175,7 @@ def _memory_in_a_new_process(name, batch_size, pretrained):
 def _task(n, pretrained): # a model, n images and their classes
     model = resnet18(pretrained=pretrained).eval()
     data = shapes('test', min(n, 64)) # neither time nor memory depends on what they show, so they come again and again
-    images,_ = next(iter(loader(data, test_transforms(), len(data))))
+    images,_ = next(iter(loader(data, test_transforms(CIFAR10_MEAN, CIFAR10_STD), len(data))))
     with torch.no_grad(): target = model(images).argmax(1)
     again = torch.arange(n)%len(images)
     return model,images[again],target[again]

@@ -217,7 +217,7 @@ def report(pics:Pictures, # What to show, with all predictions
                 _recipe(history, versions), _mistakes(pics, cards)]
     columns,(h,w) = math.ceil(len(pics.idx)**.5),p.data.images.shape[1:3]
     sha = base64.b64encode(hashlib.sha256(_JS.encode()).digest()).decode()
-    return _html.page(title=f"{p.data.name}, recipe ‘{history.recipe.get('name')}’", accuracy=f'{p.accuracy:.2f}',
+    return _html.page(dataset=p.data.name, recipe=history.recipe.get('name'), accuracy=f'{p.accuracy:.2f}',
                       history=history, data=p.data, facts=_facts(p, history, parameters), nav=nav, sections=sections,
                       css=_CSS, images=data_uri(pics.images), heatmaps=data_uri(pics.heatmaps),
                       columns=columns, ratio=f'{h/w:g}', js=_JS, sha=sha)

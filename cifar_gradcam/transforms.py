@@ -84,8 +84,8 @@ DEFAULT_AUGMENTATIONS = ('HorizontalFlip', 'RandomCrop')
 
 def train_transforms(names=DEFAULT_AUGMENTATIONS, # Keys of `AUGMENTATIONS`, applied in this order
                      size:int=32, # Side of the image that comes out, pixels; under 32 it is averaged down
-                     mean=CIFAR10_MEAN, # Of each channel, full scale being 1
-                     std=CIFAR10_STD, # Of each channel, full scale being 1
+                     *, mean, # Of each channel of the training images, full scale being 1
+                     std, # The same
                     )->A.Compose: # uint8 (32, 32, 3) in, float32 tensor (3, size, size) out
     "The training pipeline: augmentations, normalisation, tensor"
     if isinstance(names, str): raise TypeError(f"names is a sequence of names; for one only write [{names!r}]")
@@ -93,16 +93,16 @@ def train_transforms(names=DEFAULT_AUGMENTATIONS, # Keys of `AUGMENTATIONS`, app
     return A.Compose([*map(augmentation, names), *resize, _normalize(mean, std), ToTensorV2()], strict=True)
 
 # %% ../nbs/01_transforms.ipynb #ab3c2246
-def test_transforms(mean=CIFAR10_MEAN, # Of each channel, full scale being 1
-                    std=CIFAR10_STD, # Of each channel, full scale being 1
+def test_transforms(mean, # Of each channel of the training images, full scale being 1
+                    std, # The same
                    )->A.Compose: # uint8 (H, W, C) in, C as many as `mean` has, float32 tensor (C, H, W) out
     "The test pipeline: normalisation and tensor, nothing else"
     return A.Compose([_normalize(mean, std), ToTensorV2()], strict=True)
 
 # %% ../nbs/01_transforms.ipynb #bad79cb9
 def denormalize(x, # Tensor (..., 3, H, W), normalised
-                mean=CIFAR10_MEAN, # As it was normalised with
-                std=CIFAR10_STD, # As it was normalised with
+                mean, # As it was normalised with
+                std, # As it was normalised with
                )->np.ndarray: # uint8 (..., H, W, 3)
     "The image that a normalised tensor came from"
     x = np.moveaxis(x.detach().float().cpu().numpy(), -3, -1)
