@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'RECIPES', 'Recipe', 'triangular', 'constant', 'seeded',
            'process_group', 'rank_and_world']
 
 # %% ../nbs/03_training.ipynb #0b9d9de1
-import html, json, math, signal, time
+import json, math, signal, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .basics import Table, classify, device_of, eval_mode, progress_bar
+from .charts import curves
 from .data import ImageSet, loader
 from .files import Checkpoints, locked, write_atomically
 from .model import NETWORKS, ModelInfo, count_flop
@@ -252,35 +253,6 @@ def optimizers_for(recipe:Recipe, # How to train
     for group in chain.from_iterable(o.param_groups for o in made): group['peak'] = group['lr']
     return made
 
-# %% ../nbs/03_training.ipynb #bb47091c
-def _drawable(v): return v is not None and math.isfinite(v) # what was not measured, or is infinite, is left out
-
-# %% ../nbs/03_training.ipynb #d79d44db
-def _curve(epochs, key, top, x, dash): # SVG of one curve in a panel 200 wide and 100 high, which starts at `x`
-    ends = max(e['epoch'] for e in epochs)
-    at = [f"{x + 200*e['epoch']/ends:.1f},{110 - 100*e[key]/top:.1f}" for e in epochs if _drawable(e[key])]
-    points = ''.join('<circle cx="{}" cy="{}" r="2.5" fill="currentColor"/>'.format(*p.split(',')) for p in at)
-    return f'<polyline points="{" ".join(at)}" fill="none" stroke="currentColor" stroke-dasharray="{dash}"/>{points}'
-
-# %% ../nbs/03_training.ipynb #0cb618f5
-def _curves(h): # SVG without a colour of its own, so that it can be read on a light and on a dark page
-    if not h.epochs: return ''
-    losses = [e[k] for e in h.epochs for k in ('train_loss','test_loss') if _drawable(e[k])]
-    parts = []
-    for x,name,unit,top in ((45,'loss',', nats',max(losses, default=0) or 1), (305,'accuracy',', %',100)):
-        parts.append(f'<path d="M{x} 10V110H{x+200}" fill="none" stroke="currentColor" opacity=".5"/>'
-                     f'<text x="{x+100}" y="9" text-anchor="middle">{name}{unit}</text>'
-                     f'<text x="{x-4}" y="16" text-anchor="end">{top:.3g}</text>'
-                     f'<text x="{x-4}" y="113" text-anchor="end">0</text>'
-                     f'<text x="{x+200}" y="124" text-anchor="end">epoch {h.epochs[-1]["epoch"]}</text>'
-                     + _curve(h.epochs, f'train_{name}', top, x, '3 3')
-                     + _curve(h.epochs, f'test_{name}', top, x, 'none'))
-    what = f"{h.dataset}, recipe '{h.recipe.get('name')}': training (dashed) and test"
-    return (f'<svg role="img" aria-label="{html.escape(what)}: loss and accuracy by epoch, the numbers of the table" '
-            'viewBox="0 0 520 145" width="520" style="max-width:100%" font-size="11" fill="currentColor" '
-            f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}'
-            f'<text x="45" y="140">{html.escape(what)}</text></svg>')
-
 # %% ../nbs/03_training.ipynb #d921898e
 @dataclass
 class History:
@@ -310,7 +282,7 @@ class History:
         return Table(head, rows)
 
     def __repr__(self): return repr(self.table)
-    def _repr_html_(self): return f"<div>{self.table._repr_html_()}{_curves(self)}</div>"
+    def _repr_html_(self): return f"<div>{self.table._repr_html_()}{curves(self).svg() if self.epochs else ''}</div>"
 
 # %% ../nbs/03_training.ipynb #5821a378
 def averaged(network:nn.Module, # What is trained
