@@ -59,7 +59,7 @@ def plot_mistakes_cam(model, # The model that made the predictions: a `Classifie
     result = result or explain(model, images, info, p.predicted[idx], layer)
     laid_over = [overlay(i, m, alpha, **laid) for i,m in zip(images, result.heatmaps.cpu().numpy())]
     title = (f'{p.data.name} {p.data.split}: {result.method} at {result.layer} for the predicted class '
-             '(red: predicted, blue: actual)')
+             '(names in red: predicted, in blue: actual)')
     return show_images(laid_over, p.titles(idx), **_scale(laid), suptitle=title)
 
 # %% ../nbs/05b_maps.ipynb #c4a50005
@@ -102,11 +102,11 @@ def plot_mistakes_pairs(model, # The model that made the predictions: a `Classif
     maps = (maps/maps.amax((1,2,3), keepdim=True).clamp(min=1e-12)).cpu().numpy()
     cells,titles = [],[]
     for i,image,pair in zip(idx, images, maps):
-        says,is_ = [f'{p.data.classes[c]} {p.probabilities[i,c]:.2f}' for c in (p.predicted[i], p.data.labels[i])]
         cells += [image, *(overlay(image, m, alpha, **laid) for m in pair)]
-        titles += [[(f'image {i}','black')], [(says,'tab:red')], [(is_,'tab:blue')]]
-    title = (f'{p.data.name} {p.data.split}: what speaks for the predicted class (red) '
-             'and for the actual one (blue)')
+        titles.append(f'image {i}')
+        for role,c in (('predicted', p.predicted[i]), ('actual', p.data.labels[i])):
+            titles.append([(f'for {p.data.classes[c]}','black'), (f'{role}, {p.probabilities[i,c]:.2f}','black')])
+    title = f'{p.data.name} {p.data.split}: what speaks for the predicted class, and what for the actual one'
     scale = dict(_scale(laid), colorbar="share of the pair's maximum")
     return show_images(cells, titles, ncols=9 if len(idx) > 4 else 3, **scale, suptitle=title)
 
@@ -179,7 +179,7 @@ def plot_layers(model, # The model that made the predictions: a `Classifier`, or
     for image,said,own in zip(images, p.titles(idx, probabilities=True), zip(*maps)):
         cells += [image, *(overlay(image, m, alpha, **laid) for m in own)]
         titles += [said, *names]
-    what = f'{method.__name__}\n(red: predicted, blue: actual, black: layer)'
+    what = f'{method.__name__}\n(names in red: predicted, in blue: actual, in black: layer)'
     return show_images(cells, titles, ncols=1+len(names), **_scale(laid),
                        suptitle=f'{p.data.name} {p.data.split}: {what}')
 
@@ -297,7 +297,7 @@ def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of 
     fig.colorbar(colours, cax=scale).set_label("share of the map's maximum", fontsize=8)
     prob = result.logits[0].softmax(0).cpu()
     top = prob.argsort(descending=True, stable=True)[:5].tolist()
-    colors = ['tab:red' if k == target else 'tab:blue' for k in top]
+    colors = ['0.25' if k == target else '0.7' for k in top] # greys, since in the map red and blue are high and low
     bars.barh(range(len(top)), [100*float(prob[k]) for k in top], color=colors)
     bars.set_yticks(range(len(top)), [info.classes[k] for k in top])
     bars.invert_yaxis()

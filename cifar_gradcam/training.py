@@ -149,12 +149,15 @@ def seeded(seed:int, # At least 0
            device='cpu', # Whose random numbers, besides those of the CPU
           ):
     "In this block torch's random numbers start from `seed`; after it they are what they would have been"
-    device = torch.device(device)
-    gpus = [device.index or 0] if device.type == 'cuda' else []
-    with torch.random.fork_rng(gpus):
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)):
-            generator.manual_seed(seed)
-        yield
+    generators,device = [torch.default_generator],torch.device(device)
+    if device.type == 'cuda':
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [g.get_state() for g in generators]
+    for g in generators: g.manual_seed(seed)
+    try: yield
+    finally:
+        for g,state in zip(generators, before): g.set_state(state)
 
 # %% ../nbs/03_training.ipynb #07c7121f
 def new_network(make, # One of the functions in `NETWORKS`
@@ -386,12 +389,16 @@ def loss(self:Trainer,
 
 # %% ../nbs/03_training.ipynb #58c02033
 @patch
-def rng(self:Trainer,
-        stream:int=0 # Another number gives other random numbers
-       )->np.random.Generator: # The same each time, until the step is done
+def rng(self:Trainer)->np.random.Generator: # The same each time, until the step is done
     "Random numbers for the next step, which depend on the recipe's seed and the number of the step alone"
-    # the third number keeps them apart from those of the batches
-    return np.random.default_rng((self.recipe.seed, self.n_steps, 2**31+1, stream))
+    # the last number keeps them apart from those of the batches
+    return np.random.default_rng((self.recipe.seed, self.n_steps, 2**31+1))
+
+# %% ../nbs/03_training.ipynb #0432764d
+@patch
+def _seed(self:Trainer)->int: # of torch's random numbers in the next step
+    key = (self.recipe.seed, self.n_steps, 2**31+2, self.rank)
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 # %% ../nbs/03_training.ipynb #f7919745
 @patch
@@ -415,7 +422,7 @@ def step(self:Trainer,
     share = self.lr_share()
     for group in chain.from_iterable(o.param_groups for o in self.optimizers): group['lr'] = group['peak']*share
     x,y = x.to(self.device, non_blocking=True, memory_format=torch.channels_last), y.to(self.device, non_blocking=True)
-    with seeded(int(self.rng(1 + self.rank).integers(2**63)), self.device): logits,loss = self.loss(x, y)
+    with seeded(self._seed(), self.device): logits,loss = self.loss(x, y)
     batch = self._measured(logits, y, loss)
     for o in self.optimizers: o.zero_grad()
     self.scaler.scale(loss).backward()
