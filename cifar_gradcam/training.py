@@ -118,7 +118,7 @@ def _check(self:Recipe):
     need(self.weight_decay >= 0, 'weight_decay', 'at least 0')
     need(self.seed >= 0, 'seed', 'at least 0')
     for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'):
-        need(0 <= getattr(self,name) < 1, name, 'in 0..1')
+        need(0 <= getattr(self,name) < 1, name, 'at least 0 and under 1')
     for name in self.augmentations: augmentation(name) # refuses unknown ones
 
 # %% ../nbs/03_training.ipynb #a6fd9d64
@@ -126,7 +126,7 @@ def _check(self:Recipe):
 def steps_per_epoch(self:Recipe,
                     n:int # Number of training images
                    )->int:
-    "Optimizer steps in a pass through the data; the images that do not fill a last batch sit out, others each time"
+    "Optimizer steps in a pass through the data; those that do not fill a last batch are left out, other ones each time"
     if n < self.batch_size: raise ValueError(f"{n} training images do not fill one batch of {self.batch_size}")
     return n//self.batch_size
 
