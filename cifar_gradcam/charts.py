@@ -148,7 +148,7 @@ def _frame(ax, xlabel, ylabel, **limits): # the axes of a panel; `limits` as in 
     from matplotlib.ticker import MaxNLocator
     ax.set(xlabel=xlabel, ylabel=ylabel, **limits)
     ax.grid(axis='y', alpha=.25, lw=.6)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1,2,5,10], integer=True, min_n_ticks=1))
 
 # %% ../nbs/00d_charts.ipynb #c4a20034
 _SERIES = {'train_loss': ('training','loss'), 'train_nll': ('training','loss'), 'test_loss': ('test','loss'),
