@@ -122,7 +122,8 @@ def svg(self:Chart)->str: # Well-formed XML, one element
 # %% ../nbs/00d_charts.ipynb #c4a20025
 @patch
 def _repr_html_(self:Chart)->str:
-    scrolls = f'<div style="overflow-x:auto"><div style="min-width:{70*self.size[0]:.0f}px">{self.svg()}</div></div>'
+    wide = f'<div style="min-width:{70*self.size[0]:.0f}px">{self.svg()}</div>'
+    scrolls = f'<div style="overflow-x:auto" tabindex="0">{wide}</div>' # by the keys, too
     caption = f'<figcaption><b>{html.escape(self.title)}</b>. {html.escape(self.text)}</figcaption>'
     numbers = f'<details><summary>The numbers</summary>{self.table._repr_html_()}</details>'
     return f'<figure style="margin:0">{scrolls}{caption}{numbers}</figure>'
