@@ -207,7 +207,7 @@ def main(argv=None # Arguments; None: those of the command line
     args = _parser().parse_args(argv)
     try: return args.do(args) or 0
     except KeyboardInterrupt:
-        then = '; the same command goes on from there' if args.command == 'run' else ''
+        then = '; the same command resumes it' if args.command == 'run' else ''
         print(f'\ninterrupted{then}', file=sys.stderr)
         return 130
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError, RuntimeError) as e:

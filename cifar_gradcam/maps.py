@@ -36,7 +36,8 @@ def explain(model, # A `Classifier`, or a network: (N, C, H, W) -> (N, n_classes
            )->CAMResult:
     "Grad-CAM of images as they are stored, with the test transforms"
     classifier = as_classifier(model, info)
-    return GradCAM(classifier.network, layer or classifier.info.layer)(classifier.prepare(images), target)
+    if layer is None: layer = classifier.info.layer
+    return GradCAM(classifier.network, layer)(classifier.prepare(images), target)
 
 # %% ../nbs/05b_maps.ipynb #c4a50009
 def _scale(laid): # for `show_images`, of maps; laid: what `overlay` is given

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
 
-import matplotlib
 import numpy as np
 from fastcore.docments import docments
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,13 +18,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from .analysis import Predictions, calibration, class_table
-from .basics import CMAP
 from .charts import batch_losses, by_epoch, class_bars, reliability, shades
 from .data import loader
 from .files import write_atomically
 from .gradcam import GradCAM
 from .model import ModelInfo, as_classifier
-from .result import CAMResult
+from .result import CAMResult, colorize
 from .training import History, Recipe
 from .transforms import test_transforms
 
@@ -82,7 +80,7 @@ def shown(p:Predictions, # Of a data set
     return np.concatenate([p.mistakes_by_confidence[:most], *map(narrow, range(len(p.data.classes)))])
 
 # %% ../nbs/05c_report.ipynb #c4a60002
-_PALETTE = matplotlib.colormaps[CMAP](np.arange(256), bytes=True)[:,:3] # matplotlib's colours of 0..1 in 256 steps
+_PALETTE = colorize(np.arange(256)/255) # (256, 3)
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
@@ -108,7 +106,8 @@ def pictures(model, # The model that made the predictions: a `Classifier`, or a 
     network,info = as_classifier(model, info)
     idx = shown(p)
     batches = loader(p.data.subset(idx), test_transforms(info.mean, info.std), 250)
-    return Pictures(p, idx, GradCAM(network, layer or info.layer).stream(batches, p.predicted[idx]))
+    if layer is None: layer = info.layer
+    return Pictures(p, idx, GradCAM(network, layer).stream(batches, p.predicted[idx]))
 
 # %% ../nbs/05c_report.ipynb #749fc98f
 def _picture(pics, k, status): # the k-th of those shown

@@ -278,7 +278,8 @@ def colorize(heatmap:np.ndarray, # (..., H, W) in [0, 1]
     "A heat map in colours. Raises `TypeError` or `ValueError` for what is no colour map"
     try: colours = matplotlib.colormaps.get_cmap(CMAP if cmap is None else cmap)
     except (TypeError,ValueError) as e:
-        raise type(e)("cmap must be one of matplotlib's colour maps or its name, such as 'turbo' or 'cividis', "
+        named = 'CIFAR_GRADCAM_CMAP' if cmap is None else 'cmap'
+        raise type(e)(f"{named} must be one of matplotlib's colour maps or its name, such as 'turbo' or 'cividis', "
                       f"got {CMAP if cmap is None else cmap!r}") from None
     return colours(np.asarray(heatmap), bytes=True)[...,:3]
 
