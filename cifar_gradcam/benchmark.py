@@ -122,13 +122,16 @@ def turn(steps, # Generator that does one step at each `next` and yields how muc
     while (passed := time.perf_counter()-start) < seconds or not amount: amount += next(steps)
     return amount/passed
 
+def _check_rounds(rounds): # raises `ValueError` unless there is one at least
+    if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
+
 def take_turns(entrants:dict, # Name -> generator that does one step at each `next` and yields how much it got done
                rounds:int=5, # How often each has its turn, at least 1
                seconds:float=3., # How long a turn lasts at least
                say=None, # Called with a line of text after each turn, e.g. `print`; None: a progress bar instead
               )->dict: # Name -> `Rate`
     "Measure entrants in turns, so that what slows the machine down for a while slows down all of them"
-    if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
+    _check_rounds(rounds)
     rates = {name: [] for name in entrants}
     turns = [*entrants]*(rounds+1)
     for k,name in enumerate(turns if say else progress_bar(turns, 'turns')):
@@ -180,6 +183,7 @@ def benchmark(rounds:int=5, # How often each entrant has its turn
               say=None, # Called with a line of text at the start and after each turn, e.g. `print`; None: a bar
              )->Throughput:
     "Training throughput at 32 pixels compared with a plain loop, the data pipeline's share, and the machine's peak"
+    _check_rounds(rounds) # before the images are drawn
     device,data = pick_device(device),shapes('train', n_images)
     half = amp_dtype(device)
     name = str(half or torch.float32).removeprefix('torch.')

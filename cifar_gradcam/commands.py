@@ -7,7 +7,7 @@ __all__ = ['versions', 'write_figures', 'change', 'metrics_of', 'run', 'model_an
            'explain_images']
 
 # %% ../nbs/06a_commands.ipynb #9990bcf9
-import json, platform, warnings
+import json, os, platform, warnings
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -128,6 +128,23 @@ def _folder_for(key, recipe, seed, n_holdout): # where a run goes if nobody says
     held_out = f'-holdout{n_holdout}' if n_holdout else ''
     return Path('runs')/f'{key}-{recipe.name}{seeded}{held_out}'
 
+# %% ../nbs/06a_commands.ipynb #e5136913
+def _folder(path): # the `Path` of a folder that is there or can be made
+    folder = Path(path)
+    if any(os.path.lexists(p) and not os.path.isdir(p) for p in (folder, *folder.parents)):
+        raise NotADirectoryError(f"'{folder}' cannot be a folder: a file has this name, "
+                                 "or that of a folder on the way to it")
+    return folder
+
+# %% ../nbs/06a_commands.ipynb #960c9e80
+def _check_early(dataset, recipe, settings, seed, folder): # as in `run`; raises what is wrong with them
+    if folder: _folder(folder)
+    for name in ('cifar10','shapes') if dataset == 'auto' else (dataset,): # those that 'auto' may become
+        _,known = dataset_called(name)
+        try: return _recipe_for(known, recipe, settings, seed)
+        except ValueError as e: wrong = e
+    raise wrong
+
 # %% ../nbs/06a_commands.ipynb #078011bb
 def _write_results(folder, t, p, say): # the content of metrics.json, and the number of figures; t: a `Trainer`
     metrics = metrics_of(t, p)
@@ -154,7 +171,9 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         **kwargs # `amp`, `n_workers`, `save_every`: see `training.Trainer`
        )->dict: # What metrics.json holds
     "Train, evaluate and explain; write model, history, metrics, figures and the report into one folder"
-    with process_group(device := pick_device(device)):
+    device = pick_device(device)
+    _check_early(dataset, recipe, settings, seed, folder)
+    with process_group(device):
         rank,_ = rank_and_world()
         def say(text):
             if not rank: print(text, flush=True)
@@ -164,7 +183,7 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         if n_holdout: train,test = holdout(train, n_holdout)
         say(line + (f'; {n_holdout:,} of the training images held out to evaluate on' if n_holdout else ''))
         recipe = _recipe_for(known, recipe, settings, seed)
-        folder = Path(folder or _folder_for(key, recipe, seed, n_holdout))
+        folder = _folder(folder or _folder_for(key, recipe, seed, n_holdout))
         pflop = recipe.pflop(len(train), len(train.classes))
         say(f"recipe '{recipe.name}': {sum(recipe.lengths):g} epochs, {pflop:.3f} PFLOP; everything goes to '{folder}'")
         callback = tensorboard_log(folder/'tensorboard') if tensorboard and not rank else None
@@ -213,15 +232,6 @@ def evaluate_model(path=PRETRAINED, # File that `save_model` wrote
     print(f'{test.name}: test accuracy {p.accuracy:.2f} % ({right}), loss {p.loss:.4f}')
     return p
 
-# %% ../nbs/06a_commands.ipynb #e5136913
-def _made(folder): # the `Path` of a folder, made if need be
-    folder = Path(folder)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError,NotADirectoryError):
-        raise NotADirectoryError(f"'{folder}' cannot be a folder: a file has this name, "
-                                 "or that of a folder on the way to it") from None
-    return folder
-
 # %% ../nbs/06a_commands.ipynb #1b73999b
 def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
                         dataset:str|None=None, # A key or title of `data.DATASETS`; None: what it was trained on
@@ -231,10 +241,11 @@ def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
                        ): # `Robustness`
     "Print the accuracy of a model under corruptions, and draw it as `robustness.png`"
     if n_images < 1: raise ValueError(f"the number of images must be at least 1, got {n_images}")
+    out = _folder(out)
     model,info,test = model_and_test(path, dataset, root)
-    out = _made(out)
     r = robustness(model, test.subset(slice(n_images)), info)
     fig = plot_robustness(r)
+    out.mkdir(parents=True, exist_ok=True)
     fig.savefig(out/'robustness.png', dpi=150)
     plt.close(fig)
     print(f"{r}\n-> {out/'robustness.png'}")
@@ -296,12 +307,13 @@ def explain_images(images, # Paths of pictures, or one path
     """Predict and explain pictures; write `<picture>_cam.png` for each.
     If some cannot be read, none is written: raises `FileNotFoundError` or `ValueError`, which names all of them"""
     pictures = [Path(images)] if isinstance(images, (str,Path)) else [*map(Path, images)]
-    classifier = load_model(path)
+    out,classifier = _folder(out),load_model(path)
     info = classifier.info
     cam = _method(classifier, method, layer) # a wrong name is found before any work is done
     target = _class_number(target, info.classes)
     _must_be_readable(pictures)
-    files = _map_files(pictures, _made(out))
+    files = _map_files(pictures, out)
+    out.mkdir(parents=True, exist_ok=True)
     for f,file in zip(pictures, files):
         picture = read_image(f)
         r = explain_picture(cam, picture, info, target)
