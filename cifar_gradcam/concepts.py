@@ -176,11 +176,9 @@ def plot_concepts(found:Concepts, # Of N pictures
         if found.logits is None: return f'{k+1}'
         top = int(found.logits[k].argmax())
         return f'{k+1}: {classes[top] if classes is not None else f"class {top}"}'
-    fig = show_images([*pictures, *painted], ncols=len(pictures),
+    columns = min(len(found), max(1, int(.85*len(pictures))))
+    fig = show_images([*pictures, *painted], ncols=len(pictures), foot=.1+.2*-(-len(found)//columns),
                       suptitle=f"concepts at {found.layer}: {100*found.explained:.0f} % of its activations' square sum")
-    width,height = fig.get_size_inches()
-    columns = min(len(found), max(1, int(width/1.4)))
-    fig.set_size_inches(width, height+.1+.2*-(-len(found)//columns))
     handles = [Patch(color=colour, label=says(k)) for k,colour in enumerate(_colours(len(found)))]
-    fig.legend(handles=handles, loc='outside lower center', ncols=columns, fontsize=8, frameon=False)
+    fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=8, frameon=False)
     return fig

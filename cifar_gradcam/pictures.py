@@ -37,6 +37,7 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
                 cell:float=1.1, # Width of one image, inches
                 suptitle:str|None=None, # Title of the whole figure
                 colorbar:str|None=None, # Label of a colour bar; None: no bar
+                foot:float=0., # Room below the images, for a legend say, inches
                 **kwargs # To `imshow`: `cmap`, `vmin`, `vmax`, which images in colours need for their colour bar only
                ): # The matplotlib figure
     "A grid of small images, enlarged with sharp pixels"
@@ -46,26 +47,31 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
     titles = [[(t,'black')] if isinstance(t,str) else list(t) for t in titles]
     if len(titles) != len(images):
         raise ValueError(f"one title for each image is needed: {len(images)} images, {len(titles)} titles")
-    lines = max(map(len, titles))
     ncols = min(ncols, len(images))
     nrows = math.ceil(len(images)/ncols)
-    width = ncols*(cell+.08) + (.7 if colorbar else 0)
-    head = textwrap.wrap(suptitle or '', max(10, int(13*width))) # 13 letters an inch
-    height = nrows*(cell + .16*lines + .1) + .04 + (.23 + .17*len(head) if head else 0)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(width,height), squeeze=False, layout='constrained')
-    fig.get_layout_engine().set(w_pad=.03, h_pad=.05, wspace=.02, hspace=.02)
+    down = cell + .16*max(map(len, titles)) + .1 # from row to row
+    tall,columns = (nrows-1)*down+cell,np.full(ncols, cell) # of all rows; the width of each column
+    fig,axs = plt.subplots(nrows, ncols, figsize=(1,tall), squeeze=False, layout='none')
     for ax in axs.flat: ax.axis('off')
-    for ax,image,title in zip(axs.flat, images, titles):
+    for n,(ax,image,title) in enumerate(zip(axs.flat, images, titles)):
         drawn = ax.imshow(image, interpolation='nearest', **kwargs)
-        # room for the lines, which are drawn one by one; with y given, no ticks are asked for a place: half the time
-        ax.set_title('\n'*max(len(title)-1,0) + ' ', fontsize=8, pad=2, y=1)
         for k,(text,color) in enumerate(reversed(title)):
-            ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points',
-                        ha='center', va='bottom', fontsize=8, color=color)
+            line = ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points',
+                               ha='center', va='bottom', fontsize=8, color=color)
+            columns[n%ncols] = max(columns[n%ncols], line.get_window_extent().width/fig.dpi)
+    lefts = .04 + np.cumsum([0, *(columns+.08)])
+    width = lefts[-1] + .04
     if colorbar:
-        fontsize = min(10, 120*height/len(colorbar)) # along a single row a long label has to be small
-        fig.colorbar(drawn, ax=axs, fraction=.05, pad=.02).set_label(colorbar, fontsize=fontsize)
-    if head: fig.suptitle('\n'.join(head), fontsize=10)
+        bar = fig.colorbar(drawn, cax=fig.add_axes((0,0,.12,1)))
+        bar.set_label(textwrap.fill(colorbar, max(10, int(12*tall)))) # along a single row a long one is broken
+        width += .04 + bar.ax.get_tightbbox().width/fig.dpi
+    head = textwrap.wrap(suptitle or '', max(10, int(13*width))) # 13 letters an inch
+    height = nrows*down + .04 + foot + (.12 + .17*len(head) if head else 0)
+    fig.set_size_inches(width, height)
+    def place(ax, left, bottom, w, h): ax.set_position((left/width, (foot+.05+bottom)/height, w/width, h/height))
+    for (row,k),ax in np.ndenumerate(axs): place(ax, lefts[k]+(columns[k]-cell)/2, (nrows-1-row)*down, cell, cell)
+    if colorbar: place(bar.ax, lefts[-1], 0, .12, tall)
+    if head: fig.suptitle('\n'.join(head), fontsize=10, y=1-.05/height)
     return fig
 
 # %% ../nbs/00b_pictures.ipynb #b2618f0a
