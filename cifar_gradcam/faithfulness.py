@@ -163,18 +163,18 @@ def plot_faithfulness(result:Faithfulness # What was measured
     names,methods = result.names,list(result.scores)[::-1]
     def layer(method): return method.partition(', ')[2]
     colours = {l: f'C{i}' for i,l in enumerate(dict.fromkeys(map(layer, result.scores)))}
+    rows,of_each = range(len(methods)),['gray' if m in BASELINES else colours[layer(m)] for m in methods]
     ncols = min(4, len(names))
     nrows = -(-len(names)//ncols)
     size = 1.2+1.7*ncols, nrows*(.6+.17*len(methods))
     fig,axs = plt.subplots(nrows, ncols, figsize=size, sharey=True, squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.axis('off')
     for ax,s in zip(axs.flat, names):
-        for y,m in enumerate(methods):
-            mean,low,high = bootstrap(result.scores[m][s])
-            colour = 'gray' if m in BASELINES else colours[layer(m)]
-            ax.plot([low,high], [y,y], '-', [mean], [y], 'o', ms=4, lw=1.2, color=colour)
+        means,lows,highs = zip(*(bootstrap(result.scores[m][s]) for m in methods))
+        ax.hlines(rows, lows, highs, of_each, lw=1.2)
+        ax.scatter(means, rows, 16, of_each, lw=1)
         if s == 'GridPG': ax.axvline(1/4, color='gray', lw=.7, ls='--') # chance
-        ax.set_yticks(range(len(methods)), methods)
+        ax.set_yticks(rows, methods)
         ax.set_ylim(-.7, len(methods)-.3)
         ax.set_title(f"{s} {SCORES[s]}", fontsize=9)
         ax.tick_params(labelsize=7); ax.grid(axis='x', alpha=.3)
