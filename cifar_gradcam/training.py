@@ -32,6 +32,7 @@ from .muon import Muon, filters_of
 from .prediction import evaluate, loss_and_accuracy, pick_device, predict
 from .processes import from_first, largest, process_group, rank_and_world, summed
 from .resuming import Signals, Stopped, check_identity, last_good, run_identity
+from .small_maps import SmallMapsAsProducts
 from .transforms import augmentation, channel_stats, train_transforms
 
 _all_ = ['Stopped', 'evaluate', 'pick_device', 'predict', 'process_group', 'rank_and_world']
@@ -373,8 +374,8 @@ def forward(self:Trainer,
             x, # Images, (B, 3, H, W), normalised, on the device
            )->torch.Tensor: # Logits, float32 (B, n_classes)
     "What the network says, in this run's number format"
-    with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-        logits = self.parallel(x)
+    half = torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+    with SmallMapsAsProducts(), half: logits = self.parallel(x)
     return logits.float()
 
 # %% ../nbs/03_training.ipynb #62c3bb33
