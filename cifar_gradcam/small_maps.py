@@ -57,9 +57,11 @@ class _Product(torch.autograd.Function):
         rows,filters = ctx.saved_tensors
         shape,side,*_ = ctx.of_patches
         g = gradient.permute(0,2,3,1)
-        of_filters = g.flatten(0,2).T@rows.flatten(0,2)
-        of_weight = of_filters.view(-1, side, side, shape[1]).permute(0,3,1,2)
-        of_x = from_patches(g@filters, *ctx.of_patches) if ctx.needs_input_grad[0] else None
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]: of_x = from_patches(g@filters, *ctx.of_patches)
+        if ctx.needs_input_grad[1]:
+            of_filters = g.flatten(0,2).T@rows.flatten(0,2)
+            of_weight = of_filters.view(-1, side, side, shape[1]).permute(0,3,1,2)
         return of_x,of_weight,None,None
 
 # %% ../nbs/02d_small_maps.ipynb #02d00010
