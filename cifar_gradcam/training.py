@@ -592,4 +592,5 @@ def fit(recipe:Recipe, # How to train
                 where = f"; saved in '{t.folder}'" if t.folder else ''
                 say(f"stopped by {signal.Signals(t.signals.asked).name} {t.place}{where}")
                 raise
+            finally: t.parallel = t.net # the processes have not parted yet
     return t
