@@ -6,7 +6,7 @@
 __all__ = ['process_group', 'rank_and_world', 'summed', 'largest', 'from_first']
 
 # %% ../nbs/03c_processes.ipynb #33d5f24b
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,11 @@ def process_group(device # Device of this process
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group('nccl' if torch.device(device).type=='cuda' else 'gloo')
-    try: yield
-    finally: dist.destroy_process_group()
+    gpu = torch.device(device).type == 'cuda'
+    with torch.cuda.device(device) if gpu else nullcontext():
+        dist.init_process_group('nccl' if gpu else 'gloo')
+        try: yield
+        finally: dist.destroy_process_group()
 
 # %% ../nbs/03c_processes.ipynb #c81342b7
 def rank_and_world()->tuple: # (0, 1) for a process on its own
