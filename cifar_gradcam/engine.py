@@ -298,7 +298,7 @@ def tried_on_few(f, # Function of `Inputs`: what is to be found out
                  inputs:Inputs, # N examples
                 ): # What `f` gives
     "`f` of two finite examples, or of all, where it fails for two"
-    finite = inputs.finite.nonzero()[:2,0]
+    finite = inputs.finite.nonzero()[:2,0].cpu() # where it can choose from any device's tensors
     few = inputs[finite] if len(finite) == min(2, len(inputs)) else inputs[:2].all(_made_finite)
     try: return f(few)
     except Exception:

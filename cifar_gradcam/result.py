@@ -165,7 +165,7 @@ def _sizes(result): # of each image
 
 # %% ../nbs/04d_result.ipynb #05ac0f5c
 def _shares(result): # float32 (N, d)
-    return result.raw.new_ones(len(result), result.raw.ndim-1) if result.shares is None else result.shares
+    return torch.ones(len(result), result.raw.ndim-1) if result.shares is None else result.shares
 
 # %% ../nbs/04d_result.ipynb #1d9e004d
 @patch(cls_method=True)

@@ -139,7 +139,7 @@ def choose_target(logits:torch.Tensor, # (N, n_classes)
 def logit_of(classes:torch.Tensor # int64 (N,)
             ): # Function of logits (N, n_classes) that gives (N,)
     "As a target: the logit of one class for each image"
-    return lambda logits: logits.gather(1, classes[:,None])[:,0]
+    return lambda logits: logits.gather(1, classes.to(logits.device)[:,None])[:,0]
 
 # %% ../nbs/04c_targets.ipynb #1c9ec001
 @dataclass(frozen=True, eq=False)
