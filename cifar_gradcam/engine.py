@@ -274,12 +274,12 @@ class _Watch(Hook): # notes when its layer is done: a tap, if there is a map, or
 
 # %% ../nbs/04e_engine.ipynb #1e9e0021
 def _mixture(logits): # (n_classes,): the weights of the logits in it, the same every time
-    return torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
+    return torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0), device='cpu').to(logits)
 
 # %% ../nbs/04e_engine.ipynb #5c9b8796
 def _used(out, taps): # names of the taps whose maps the output depends on
     generator,used = torch.Generator().manual_seed(0),set()
-    def mixture(t): return (t*torch.randn(t.shape, generator=generator).to(t)).sum()
+    def mixture(t): return (t*torch.randn(t.shape, generator=generator, device='cpu').to(t)).sum()
     score = sum(map(mixture, filter(_starts_graph, tree_leaves(out))))
     kept = [leaf for tap in taps for leaf in tree_leaves(tap.out) if _starts_graph(leaf)]
     if not kept or not _starts_graph(score): return used
@@ -308,10 +308,10 @@ def tried_on_few(f, # Function of `Inputs`: what is to be found out
 # %% ../nbs/04e_engine.ipynb #1e9e0051
 def _variants(image, seed): # of (C, *size): changed all over, and more and more along each side
     low,high,size = image.amin(),image.amax(),image.shape[1:]
-    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(seed)).to(image)
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(seed), device='cpu').to(image)
     change = .1*(low+noise*(high-low) - image) if high > low else .1*noise
     def growing(side): # so that its square is proportional to the distance from the border
-        share = (torch.arange(size[side])+.5)/size[side]
+        share = (torch.arange(size[side], device=image.device)+.5)/size[side]
         return change*share.sqrt().reshape([-1] + [1]*(len(size)-1-side)).to(image)
     return [image+change, *(image+growing(side) for side in range(len(size)))]
 
@@ -700,7 +700,8 @@ class _Padding(Hook): # notes which part of a padded batch each image takes
         for part in out if isinstance(out, tuple) else (out,):
             batch,sizes = getattr(part, 'tensors', None),getattr(part, 'image_sizes', None)
             if isinstance(batch, torch.Tensor) and sizes:
-                self.shares = torch.tensor(sizes, dtype=torch.float32)/torch.tensor(batch.shape[2:])
+                whole = torch.tensor(batch.shape[2:], device='cpu')
+                self.shares = torch.tensor(sizes, dtype=torch.float32, device='cpu')/whole
 
 # %% ../nbs/04e_engine.ipynb #1e9ec054
 class CAMMethod:
@@ -1028,7 +1029,8 @@ def _moved_target(target, back, inputs): # what explains the same in a copy whos
 # %% ../nbs/04e_engine.ipynb #25967a9b
 def _mirrored_within(maps, shares): # of the part of each map (N, h, w) that belongs to its image, (N, 2)
     w = maps.shape[2]
-    at = shares[:,1:]*w - 1 - torch.arange(w) # (N, w): where the place is that comes here, from the left
+    places = torch.arange(w, device=shares.device)
+    at = shares[:,1:]*w - 1 - places # (N, w): where the place is that comes here, from the left
     low = at.clamp(0, w-1).floor().long()
     high,part = (low+1).clamp(max=w-1),(at.clamp(0, w-1)-low).to(maps)[:,None]
     def column(index): return maps.gather(2, index.to(maps.device)[:,None].expand_as(maps))

@@ -90,7 +90,7 @@ class SmoothGradCAMPlusPlus(CAMMethod):
         rng = torch.Generator().manual_seed(self.seed)
         powers = 0
         for _ in range(self.samples):
-            g = seen.gradients_at(x + std*torch.randn(x.shape, generator=rng).to(x))
+            g = seen.gradients_at(x + std*torch.randn(x.shape, generator=rng, device='cpu').to(x))
             powers = powers + torch.stack([g, g**2, g**3])/self.samples
         return _plus_plus(seen.activations, *powers)
 
@@ -352,7 +352,7 @@ class SSCAM(ScoreCAM):
     def scores_behind(self, masks, seen):
         rng,total = torch.Generator().manual_seed(self.seed),0
         for _ in range(self.samples):
-            delta = self.noise*torch.randn(masks.shape[2:], generator=rng).to(masks)
+            delta = self.noise*torch.randn(masks.shape[2:], generator=rng, device='cpu').to(masks)
             total = total + super().scores_behind(masks + delta, seen)
         return total/self.samples
 
@@ -394,9 +394,9 @@ class AblationCAM(ManyPasses):
 
 # %% ../nbs/04f_methods.ipynb #a16e0042
 def _spots(at, places, gaussian): # int64 (M,): numbers of places -> (M, *places): 1 there, or a Gaussian around it
-    spots = torch.ones(len(at))
+    spots = torch.ones(len(at), device=at.device)
     for n,i in zip(places, torch.unravel_index(at, places)):
-        away = (torch.arange(n)-i[:,None]).abs()
+        away = (torch.arange(n, device=at.device)-i[:,None]).abs()
         along = .5**(away+1)*(away < 2) if gaussian else away == 0
         spots = spots[...,None]*along.view(len(at), *[1]*(spots.ndim-1), n)
     return spots
@@ -419,7 +419,7 @@ class ReciproCAM(ManyPasses):
         step = self.channels_at_once(seen.inputs)
         nothing = seen.scores(seen.resume(torch.zeros_like(a)))
         alone = []
-        for at in self.passes(torch.arange(len(values)).split(step)):
+        for at in self.passes(torch.arange(len(values), device=a.device).split(step)):
             spots = _spots(at, places, self.gaussian).to(a)[:,None,None] # (M, 1, 1, *places)
             handed_on = spots*at_places(values[at], spots[0]) # (M, N, K, *places)
             alone.append(seen.scores(seen.resume(handed_on.flatten(0,1))))

@@ -235,7 +235,7 @@ def _read_back(tensors, kind, info): # the network that `load_model` will make; 
     if info.network not in NETWORKS:
         raise ValueError(f"info.network is {info.network!r}, and load_model can make {', '.join(NETWORKS)}; "
                          "put the function that makes your network into NETWORKS, and its name into info.network")
-    with torch.random.fork_rng(devices=[]): twin = NETWORKS[info.network](len(info.classes))
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'): twin = NETWORKS[info.network](len(info.classes))
     try: twin.load_state_dict(tensors)
     except RuntimeError as e:
         raise ValueError(f"load_model would make a {info.network} for the {len(info.classes)} classes of info, "
@@ -252,7 +252,7 @@ def _check_same(model, twin, info): # both in evaluation mode
     def build(net): return [(type(m), m.extra_repr()) for m in net.modules() if not hasattr(m, '_orig_mod')]
     if build(model) == build(twin): return
     kind,seeded = type(model).__name__,torch.Generator().manual_seed(0)
-    x = torch.randn(2, info.channels, info.size, info.size, generator=seeded)
+    x = torch.randn(2, info.channels, info.size, info.size, generator=seeded, device='cpu')
     try: got,want = (classify(net, input_for(net, x)).float().cpu() for net in (model, twin))
     except Exception as e:
         raise ValueError(f"this {kind} is not built like the {info.network} that load_model would make, and whether "
@@ -315,7 +315,7 @@ def load_model(path, # File that `save_model` wrote
     info = ModelInfo.from_json(meta['info'])
     if info.network not in NETWORKS:
         raise ValueError(f"'{path}' holds a network called {info.network!r}; this version knows {', '.join(NETWORKS)}")
-    model = NETWORKS[info.network](len(info.classes))
+    with torch.device('cpu'): model = NETWORKS[info.network](len(info.classes))
     try: model.load_state_dict(tensors)
     except RuntimeError as e:
         raise ValueError(f"'{path}' does not hold a {info.network}: {str(e).splitlines()[1].strip()}") from e

@@ -39,7 +39,7 @@ def _positions(n, idx): # of n things, those that `idx` means, as a slice or int
     try: which = np.arange(n)[idx]
     except IndexError as e: raise IndexError(f"of {n} maps: {e}") from None
     if which.ndim > 1: raise IndexError(f"maps go by one axis, and {np.shape(idx)} has more")
-    return torch.as_tensor(np.atleast_1d(which).copy())
+    return torch.from_numpy(np.atleast_1d(which).copy())
 
 # %% ../nbs/04d_result.ipynb #1d9e0065
 def _own(size): # does each image have a size of its own?
@@ -67,7 +67,8 @@ class CAMResult:
                    ): # A result of these maps; of one, where `idx` is an int
         which = _positions(len(self), idx)
         def some(tensor): return None if tensor is None else tensor[which]
-        size = tuple(self.size[i] for i in torch.arange(len(self))[which].tolist()) if _own(self.size) else self.size
+        numbers = torch.arange(len(self), device='cpu')[which].tolist()
+        size = tuple(self.size[i] for i in numbers) if _own(self.size) else self.size
         return replace(self, raw=self.raw[which], logits=some(self.logits), target=some(self.target), size=size,
                        shares=some(self.shares))
 
@@ -165,7 +166,7 @@ def _sizes(result): # of each image
 
 # %% ../nbs/04d_result.ipynb #05ac0f5c
 def _shares(result): # float32 (N, d)
-    return torch.ones(len(result), result.raw.ndim-1) if result.shares is None else result.shares
+    return torch.ones(len(result), result.raw.ndim-1, device='cpu') if result.shares is None else result.shares
 
 # %% ../nbs/04d_result.ipynb #1d9e004d
 @patch(cls_method=True)

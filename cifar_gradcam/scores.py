@@ -166,7 +166,7 @@ def impute(images:torch.Tensor, # float (N, C, H, W)
         lu = splu(system[:,m][m], permc_spec='MMD_AT_PLUS_A', diag_pivot_thresh=0., options=dict(SymmetricMode=True))
         x[m] = lu.solve(weights[:,k][m] @ x[k])
     out = torch.from_numpy(filled).float().transpose(1,2).reshape(n,c,h,w)
-    grain = noise*torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+    grain = noise*torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), device='cpu')
     return (out + grain*missing[:,None].cpu()).to(images.device)
 
 # %% ../nbs/04h_scores.ipynb #a2fb20df
@@ -363,7 +363,7 @@ def random_maps(images:torch.Tensor, # float (N, C, H, W)
                )->torch.Tensor: # float32 (N, H, W), each pixel even in 0..1
     "Maps of noise, which know nothing of the images"
     n,_,h,w = images.shape
-    return torch.rand((n,h,w), generator=torch.Generator().manual_seed(seed)).to(images.device)
+    return torch.rand((n,h,w), generator=torch.Generator().manual_seed(seed), device='cpu').to(images.device)
 
 def centre_maps(images:torch.Tensor # float (N, C, H, W)
                )->torch.Tensor: # float32 (N, H, W), 1 at the centre

@@ -167,7 +167,7 @@ def new_network(make, # One of the functions in `NETWORKS`
                 seed:int=0, # Decides the initial weights
                )->nn.Module: # (N, 3, H, W) -> (N, n_classes) logits
     "A network that is not trained yet. Raises `ValueError` if it doesn't put out one logit for each class"
-    with seeded(seed):
+    with seeded(seed), torch.device('cpu'):
         network = make(n_classes)
         with eval_mode(network), torch.no_grad(): logits = classify(network, torch.zeros(2, 3, size, size))
     if logits.shape[1] != n_classes:
