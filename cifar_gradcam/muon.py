@@ -22,9 +22,10 @@ def inverse_root(gram:torch.Tensor, # (..., m, m), symmetric, with no negative e
     square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[...,None,None].clamp(min=1e-14) # of the matrix's norm
     g = (gram/square).to(dtype) # no eigenvalue is now over 1
     one = torch.eye(g.shape[-1], dtype=dtype, device=g.device)
+    root = None
     for k in range(rounds):
         p = a*one + b*g + c*(g@g)
-        root = p@root if k else p
+        root = p if root is None else p@root
         if k < rounds-1: g = p@g@p
     return root/square.sqrt().to(dtype)
 
