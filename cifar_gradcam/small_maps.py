@@ -86,9 +86,10 @@ def is_quicker(x:torch.Tensor, # (N, C, H, W)
     in_32_bits = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
     plain = bias is None and groups == 1 and dilation == (1,1) and weight.shape[2] == weight.shape[3]
     even = stride[0] == stride[1] and not isinstance(padding, str) and padding[0] == padding[1]
-    if not (x.device.type == 'cpu' and in_32_bits and plain and even): return False
+    fits = x.ndim == 4 and x.shape[1] == weight.shape[1] # or torch says what is wrong
+    if not (x.device.type == 'cpu' and in_32_bits and plain and even and fits): return False
     h,w = ((n + 2*padding[0] - weight.shape[2])//stride[0] + 1 for n in x.shape[2:])
-    return weight.numel() > 1_000_000 and h*w <= 16
+    return weight.numel() > 1_000_000 and min(h, w) > 0 and h*w <= 16
 
 # %% ../nbs/02d_small_maps.ipynb #02d00016
 class SmallMapsAsProducts(TorchFunctionMode):
