@@ -66,9 +66,9 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
         bar.set_label(textwrap.fill(colorbar, max(10, int(12*tall)))) # along a single row a long one is broken
         width += .04 + bar.ax.get_tightbbox().width/fig.dpi
     head = textwrap.wrap(suptitle or '', max(10, int(13*width))) # 13 letters an inch
-    height = nrows*down + .04 + foot + (.12 + .17*len(head) if head else 0)
+    height = nrows*down + .08 + foot + (.12 + .17*len(head) if head else 0)
     fig.set_size_inches(width, height)
-    def place(ax, left, bottom, w, h): ax.set_position((left/width, (foot+.05+bottom)/height, w/width, h/height))
+    def place(ax, left, bottom, w, h): ax.set_position((left/width, (foot+.09+bottom)/height, w/width, h/height))
     for (row,k),ax in np.ndenumerate(axs): place(ax, lefts[k]+(columns[k]-cell)/2, (nrows-1-row)*down, cell, cell)
     if colorbar: place(bar.ax, lefts[-1], 0, .12, tall)
     if head: fig.suptitle('\n'.join(head), fontsize=10, y=1-.05/height)
