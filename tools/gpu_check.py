@@ -756,7 +756,7 @@ def strong(c):
 
 PAGE = PROJECT/'nbs/studies/ablations.ipynb'
 CELLS = ('37384c2c', '5639b77f', '7d301bca', 'cdbbd364', 'a9000002', '31828943', '083043cd', '02e06a59', '53affe91',
-         '6febd446', '6ef222cd', 'ac5f7fd3', '0fbb3dea', '7d1acc55', '792f9dee', 'ab1a7000') # those that define the trials
+         '6febd446', '6ef222cd', 'ac5f7fd3', '0fbb3dea', '7d1acc55', '792f9dee', 'ab1a7000') # they define the trials
 
 def of_page(path=PAGE, ids=CELLS):
     "What some cells of a notebook define"
