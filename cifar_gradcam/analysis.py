@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .basics import Table
+from .basics import Table, columns_of, short
 from .data import ImageSet
 from .model import ModelInfo, as_classifier
 from .training import predict
@@ -75,9 +75,16 @@ def predictions(model, # A `Classifier`, or a network: (N, 3, H, W) -> (N, n_cla
 # %% ../nbs/05_analysis.ipynb #7aeacfd1
 def print_class_accuracy(p:Predictions # Of a data set
                         ):
-    "Print the accuracy of every class, a line for each"
-    w = max(map(len, p.data.classes))
-    for name,acc in zip(p.data.classes, p.class_accuracy): print(f'Accuracy of {name:>{w}} : {acc:2.0f} %')
+    "Print the accuracy of every class, a line for each; of more than 40 classes the 20 lowest"
+    classes,accuracy = p.data.classes,p.class_accuracy
+    many = len(classes) > 40
+    shown = np.argsort(accuracy, kind='stable')[:20] if many else range(len(classes)) # nan is last
+    names = [short(classes[k], 40) for k in shown]
+    width = max(map(columns_of, names))
+    for name,k in zip(names, shown):
+        share = f'{accuracy[k]:2.0f} %' if np.isfinite(accuracy[k]) else 'no image'
+        print(f"Accuracy of {' '*(width-columns_of(name))}{name} : {share}")
+    if many: print(f'These are the 20 lowest of {len(classes):,} classes')
 
 # %% ../nbs/05_analysis.ipynb #c4a30004
 def class_table(p:Predictions # Of a data set
@@ -113,7 +120,7 @@ def titles(self:Predictions,
           )->list: # For each image a list of (text, colour), as `show_images` takes them
     "What each image was taken for, in red, and what it is, in blue"
     def line(i, k, color):
-        name = self.data.classes[k]
+        name = short(self.data.classes[k])
         return f'{name} {self.probabilities[i,k]:.2f}' if probabilities else name, color
     def of(i):
         says,is_ = self.predicted[i],self.data.labels[i]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'TEST', 'WRONG', 'Chart', 'by_epoch', 'batch_losses', 'grid', 'curves', 'class_bars', 'shades',
-           'confusion', 'reliability']
+           'worst_pairs', 'confusion', 'reliability']
 
 # %% ../nbs/00d_charts.ipynb #c4a20004
-import hashlib, html, io, math, re, textwrap
+import hashlib, html, io, math, re, textwrap, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 from fastcore.basics import patch
 
-from .basics import Table
+from .basics import Table, font_families, short
 
 # %% ../nbs/00d_charts.ipynb #c4a20016
 TRAINING,TEST = '#3a7cc0','#c4661f' # colours of what was measured in training, and on the test set
@@ -66,7 +66,7 @@ def _settings(values): # of matplotlib, for a `with` block
 def figure(self:Chart): # The matplotlib figure
     "The chart as a figure, with its title"
     import matplotlib.pyplot as plt
-    with _settings(_LOOK):
+    with _settings(_LOOK | {'font.family': font_families(f'{self}')}):
         fig = plt.figure(figsize=self.size, layout='constrained')
         fig.suptitle(textwrap.fill(self.title, int(13*self.size[0])), fontsize=11) # 13 letters an inch
         self.draw(fig)
@@ -112,7 +112,9 @@ def svg(self:Chart)->str: # Well-formed XML, one element
     with _settings({**_LOOK, **ink, **see_through, 'svg.fonttype': 'none', 'svg.hashsalt': prefix}):
         fig = Figure(figsize=self.size, layout='constrained')
         self.draw(fig)
-        fig.savefig(out, format='svg')
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph') # letters that the font lacks: the page's font is another
+            fig.savefig(out, format='svg')
     root = _in_page(out.getvalue(), prefix)
     root.attrib = {'xmlns': 'http://www.w3.org/2000/svg', 'viewBox': root.get('viewBox'),
                    'role': 'img', 'aria-label': label, 'font-family': 'system-ui,sans-serif',
@@ -127,9 +129,6 @@ def _repr_html_(self:Chart)->str:
     caption = f'<figcaption><b>{html.escape(self.title)}</b>. {html.escape(self.text)}</figcaption>'
     numbers = f'<details><summary>The numbers</summary>{self.table._repr_html_()}</details>'
     return f'<figure style="margin:0">{scrolls}{caption}{numbers}</figure>'
-
-# %% ../nbs/00d_charts.ipynb #c4a20077
-def _short(name): return name if len(name) <= 24 else name[:23] + '…'
 
 # %% ../nbs/00d_charts.ipynb #c4a20030
 def _mark_sizes(ax, history, unit): # unit of the horizontal axis: 'epoch' or 'steps'
@@ -185,7 +184,7 @@ def by_epoch(history, # Of a run, finished or under way: a `History`
         raise ValueError(f"keys must be losses or accuracies of {', '.join(_SERIES)}, got {', '.join(keys) or 'none'}")
     what, = units
     unit = '%' if what == 'accuracy' else 'nats'
-    names = [_short(split) if _SERIES[key][0] == 'test' else 'training' for key in keys]
+    names = [short(split) if _SERIES[key][0] == 'test' else 'training' for key in keys]
     points = [_measured(history, key) for key in keys]
     def draw(ax):
         for key,name,known in zip(keys, names, points):
@@ -268,7 +267,7 @@ def class_bars(p # Of a data set: `Predictions`
         ax.barh(places, np.nan_to_num(accuracy[shown]), color=TRAINING, height=.75)
         ax.axvline(p.accuracy, color=TEST, lw=1.5)
         ax.set(xlabel='accuracy, %', xlim=(0,100), ylim=(len(shown)-.4,-.6))
-        ax.set_yticks(places, [_short(classes[k]) for k in shown])
+        ax.set_yticks(places, [short(classes[k]) for k in shown])
         values,all_of_them = ax.secondary_yaxis('right'),ax.secondary_xaxis('top')
         numbers = [f'{a:.1f}' if np.isfinite(a) else '-' for a in accuracy[shown]]
         width = max(map(len, numbers))
@@ -311,32 +310,56 @@ def _frequent(counts, classes, most=30): # the most frequent mistakes, a table
     wrong = np.where(np.eye(len(counts), dtype=bool), 0, counts)
     order = np.argsort(-wrong, axis=None, kind='stable')[:most]
     pairs = [divmod(int(n), len(counts)) for n in order]
-    return Table(('actual','predicted','images'), [(classes[i],classes[j],wrong[i,j]) for i,j in pairs if wrong[i,j]])
+    of = counts.sum(1)
+    rows = [(classes[i],classes[j],wrong[i,j],of[i]) for i,j in pairs if wrong[i,j]]
+    return Table(('actual','predicted','mistakes','of images'), rows)
+
+# %% ../nbs/00d_charts.ipynb #9145ebb5
+def _said(mistakes): # of a table of `_frequent`: a sentence
+    for true,said,n,_ in mistakes.rows[:1]: return f'The most frequent mistake: {true}, taken for {said} ({n:,}).'
+    return 'There is no mistake.'
+
+# %% ../nbs/00d_charts.ipynb #e5517bf1
+def worst_pairs(p, # Of a data set: `Predictions`
+                most:int=30, # Pairs, at least 1
+               )->Chart:
+    "The most frequent mistakes: a bar for each pair of an actual and a predicted class"
+    mistakes = _frequent(p.confusion, p.data.classes, most)
+    places,counts = np.arange(len(mistakes.rows)),[n for *_,n,_ in mistakes.rows]
+    def draw(ax):
+        ax.barh(places, counts, color=WRONG, height=.75)
+        _frame(ax, 'images', '', xlim=(0,None), ylim=(len(places)-.4,-.6))
+        ax.grid(axis='y', visible=False)
+        ax.set_yticks(places, [f'{short(true)} → {short(said)}' for true,said,*_ in mistakes.rows])
+        beside = ax.secondary_yaxis('right')
+        beside.set_yticks(places, [f'{n:,} of {of:,}' for *_,n,of in mistakes.rows])
+        beside.spines[:].set_visible(False)
+        for each in (ax,beside): each.tick_params(axis='y', length=0)
+    how_many = f'the {len(places)} most frequent mistakes' if len(places) > 1 else 'mistakes'
+    text = f'{_said(mistakes)} Each bar: actual class → what it was taken for.'
+    return Chart(f'{how_many}, of {len(p.data.classes):,} classes', text, mistakes, (draw,), (6, .9+.23*len(places)))
 
 # %% ../nbs/00d_charts.ipynb #c4a20075
-_NUMBERED = 30 # classes whose cells have numbers, at most
+_NUMBERED = 30 # classes that a matrix has, at most
 
 def confusion(p # Of a data set: `Predictions`
              )->Chart:
-    "How often each class is taken for each other"
+    "How often each class is taken for each other; of more than 30 classes the most frequent mistakes"
     counts,classes = p.confusion,p.data.classes
-    k,names = len(classes),[_short(c) for c in classes]
-    numbered = k <= _NUMBERED
+    k,names = len(classes),[short(c) for c in classes]
+    if k > _NUMBERED: return worst_pairs(p)
     def draw(ax):
         ax.imshow(_coloured(counts), interpolation='none')
         ax.set(xlabel='predicted', ylabel='actual')
         ax.spines[:].set(visible=True, alpha=.25)
-        if not numbered: return ax.set(xticks=[], yticks=[])
         ax.set_xticks(range(k), names, rotation=45, ha='right', rotation_mode='anchor')
         ax.set_yticks(range(k), names)
         ax.tick_params(length=0)
         for i,j in zip(*np.nonzero(counts)): ax.text(j, i, counts[i,j], ha='center', va='center', fontsize=8)
-    mistakes = _frequent(counts, classes)
-    often = 'There is no mistake.'
-    for true,said,n in mistakes.rows[:1]: often = f'The most frequent mistake: {true}, taken for {said} ({n:,}).'
-    text = f'{often} Blue: the share of a class that is recognised. Red: mistakes, the more frequent the stronger.'
-    table = Table(('actual',*classes), [(c,*row) for c,row in zip(classes, counts)]) if numbered else mistakes
-    side = .75 + .075*max(map(len, names)) + .36*k if numbered else 6 # inches: room for the names, and the cells
+    said = _said(_frequent(counts, classes, 1))
+    text = f'{said} Blue: the share of a class that is recognised. Red: mistakes, the more frequent the stronger.'
+    table = Table(('actual',*classes), [(c,*row) for c,row in zip(classes, counts)])
+    side = .75 + .075*max(map(len, names)) + .36*k # inches: room for the names, and the cells
     return Chart('what is taken for what', text, table, (draw,), (side,side))
 
 # %% ../nbs/00d_charts.ipynb #c4a20065

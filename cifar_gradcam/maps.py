@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .analysis import Predictions
-from .basics import CMAP, SIGNED
+from .basics import CMAP, SIGNED, short
 from .data import ImageSet
 from .engine import CAMMethod
 from .gradcam import GradCAM
@@ -142,13 +142,14 @@ def plot_mean_maps(result:CAMResult, # Maps of N images
                    data:ImageSet, # The images, in the same order
                    classes=None, # As in `mean_maps`
                   ): # The matplotlib figure
-    "Above, the mean image of each class that has maps; below, its mean map; all maps on one scale"
+    "Above, the mean image of each class that has maps, of the 20 that have most; below, its mean map; on one scale"
     if len(data) != len(result):
         raise ValueError(f"the maps must be those of the images: {len(result)} maps, {len(data)} images")
     maps = mean_maps(result, classes).cpu()
     classes = (result.target if classes is None else torch.as_tensor(classes)).cpu().numpy()
-    used = np.unique(classes)
-    names = [*(data.classes[k] for k in used), 'all']
+    found,counts = np.unique(classes, return_counts=True)
+    used = np.sort(found[np.argsort(-counts, kind='stable')[:20]])
+    names = [*(short(data.classes[k]) for k in used), 'all']
     members = [*(classes == k for k in used), np.full(len(data), True)] # bool (N,): the images of each column
     images = [np.round(data.images[m].mean(0)).astype(np.uint8) for m in members]
     means = [*maps[used], result.raw.cpu().double().mean(0)]

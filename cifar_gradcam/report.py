@@ -7,10 +7,11 @@ __all__ = ['sheet', 'data_uri', 'shown', 'Pictures', 'pictures', 'report', 'writ
 
 # %% ../nbs/05c_report.ipynb #fd54ad07
 import base64, hashlib, io, math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import groupby
 
+import cv2
 import numpy as np
 from fastcore.docments import docments
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,7 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from .analysis import Predictions, calibration, class_table
-from .charts import batch_losses, by_epoch, class_bars, reliability, shades
+from .charts import batch_losses, by_epoch, class_bars, reliability, shades, worst_pairs
 from .data import loader
 from .files import write_atomically
 from .gradcam import GradCAM
@@ -60,24 +61,26 @@ def sheet(pictures:np.ndarray, # uint8 (n, H, W, 3), or (n, H, W), numbers of co
     return image
 
 # %% ../nbs/05c_report.ipynb #c4a60014
-def data_uri(image # An `Image`
-            )->str: # As a PNG, for `src` and url()
+def data_uri(image, # An `Image`
+             lossy:bool=False, # As a WebP that is some tenth as large? False: as a PNG
+            )->str: # For `src` and url()
     "An image as a URI that holds it"
-    out = io.BytesIO()
-    image.save(out, 'PNG', optimize=True)
-    return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
+    out,(kind,options) = io.BytesIO(),('WEBP',dict(quality=85)) if lossy else ('PNG',dict(optimize=True))
+    image.save(out, kind, **options)
+    return f'data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}'
 
 # %% ../nbs/05c_report.ipynb #d0254876
 def shown(p:Predictions, # Of a data set
           most:int=1000, # Mistakes, at most
-          escapes:int=8, # Images of each class that were recognised, at most
+          escapes:int|None=None, # Images of each class that were recognised, at most; None: 8, of over 30 classes 1
          )->np.ndarray: # Numbers of the images
     "The mistakes, the surest first, then for each class the images that were recognised, the least sure first"
-    sure,right = p.probabilities.max(1),p.predicted == p.data.labels
+    classes,sure,right = range(len(p.data.classes)),p.probabilities.max(1),p.predicted == p.data.labels
+    if escapes is None: escapes = 8 if len(classes) <= 30 else 1
     def narrow(k):
         own = np.flatnonzero(right & (p.data.labels == k))
         return own[np.argsort(sure[own], kind='stable')][:escapes]
-    return np.concatenate([p.mistakes_by_confidence[:most], *map(narrow, range(len(p.data.classes)))])
+    return np.concatenate([p.mistakes_by_confidence[:most], *map(narrow, classes)])
 
 # %% ../nbs/05c_report.ipynb #c4a60002
 _PALETTE = colorize(np.arange(256)/255) # (256, 3)
@@ -90,11 +93,21 @@ class Pictures:
     maps:CAMResult # Their maps, in the same order
 
     @property
-    def images(self): return sheet(self.p.data.images[self.idx]) # an `Image`
+    def size(self): # Height and width of each picture on its sheet, pixels
+        h,w = self.p.data.images.shape[1:3]
+        share = min(1, 96/max(h, w))
+        return round(share*h),round(share*w)
+
+    @property
+    def images(self): # an `Image`
+        width_first = self.size[::-1]
+        small = [cv2.resize(self.p.data.images[i], width_first, interpolation=cv2.INTER_AREA) for i in self.idx]
+        return sheet(np.stack(small))
 
     @property
     def heatmaps(self): # an `Image`
-        return sheet((self.maps.heatmaps.numpy()*256).clip(0,255).astype(np.uint8), _PALETTE)
+        maps = replace(self.maps, size=self.size).heatmaps
+        return sheet((maps.numpy()*256).clip(0,255).astype(np.uint8), _PALETTE)
 
 # %% ../nbs/05c_report.ipynb #c4a60003
 def pictures(model, # The model that made the predictions: a `Classifier`, or a network
@@ -123,18 +136,50 @@ def _picture(pics, k, status): # the k-th of those shown
 def _cards(pics): # all of them
     return [_picture(pics, k, s) for k,s in enumerate(pics.maps.status)]
 
-# %% ../nbs/05c_report.ipynb #e0a2bd52
-def _confusion(pics, cards):
-    p,k = pics.p,len(pics.p.data.classes)
-    of = {} # {(true class, class that was said): cards}
+# %% ../nbs/05c_report.ipynb #0549cbf0
+def _by_pair(pics, cards): # {(true class, class that was said): cards}
+    p,of = pics.p,{}
     for i,card in zip(pics.idx, cards): of.setdefault((int(p.data.labels[i]), int(p.predicted[i])), []).append(card)
-    strength = shades(p.confusion)
+    return of
+
+# %% ../nbs/05c_report.ipynb #841da209
+def _most_frequent(p, of): # the pair whose images are on show at first
+    wrong = np.where(np.eye(len(p.confusion), dtype=bool), 0, p.confusion)
+    return tuple(map(int, np.unravel_index(wrong.argmax(), wrong.shape))) if wrong.any() else min(of)
+
+# %% ../nbs/05c_report.ipynb #b45f9a0f
+def _cell(p, pair, cards, first): # the images of a pair; first: are they on show at first?
+    i,j = pair
+    n,true,said = int(p.confusion[pair]),p.data.classes[i],p.data.classes[j]
+    title = f"{true}, {'recognised' if i == j else f'taken for {said}'}: {n:,}"
+    of_most = f"Here are the {len(cards)} of which the network was {'least' if i == j else 'most'} sure."
+    return dict(id=f'{i}-{j}', title=title, cards=cards, first=first, note=of_most if len(cards) < n else '')
+
+# %% ../nbs/05c_report.ipynb #e0a2bd52
+def _matrix(pics, cards): # with the images of all pairs
+    p,of = pics.p,_by_pair(pics, cards)
+    strength,k = shades(p.confusion),range(len(p.data.classes))
     def number(i, j): return int(p.confusion[i,j]), f'{strength[i,j]:.2f}', (i,j) in of
-    counts = [[number(i, j) for j in range(k)] for i in range(k)]
-    wrong = np.where(np.eye(k, dtype=bool), 0, p.confusion)
-    first = tuple(np.unravel_index(wrong.argmax(), wrong.shape)) if wrong.any() else min(of)
-    cells = [dict(i=i, j=j, n=int(p.confusion[i,j]), cards=of[i,j], first=(i,j) == first) for i,j in sorted(of)]
-    return _html.confusion(classes=p.data.classes, counts=counts, cells=cells)
+    counts = [[number(i, j) for j in k] for i in k]
+    first = _most_frequent(p, of)
+    cells = [_cell(p, pair, of[pair], pair == first) for pair in sorted(of)]
+    return _html.matrix(classes=p.data.classes, counts=counts, cells=cells)
+
+# %% ../nbs/05c_report.ipynb #25e7276d
+def _pairs(pics, cards): # the most frequent mistakes, with their images
+    p,of = pics.p,_by_pair(pics, cards)
+    number = {name: k for k,name in enumerate(p.data.classes)}
+    rows = [((number[true],number[said]), true, said, n, all_) for true,said,n,all_ in worst_pairs(p).table.rows]
+    listed = [pair for pair,*_ in rows if pair in of]
+    cells = [_cell(p, pair, of[pair], pair == listed[0]) for pair in listed]
+    narrow = [card for (i,j),some in sorted(of.items()) if i == j for card in some]
+    title = f'recognised, but least surely of its class: {len(narrow):,}'
+    if narrow: cells.append(dict(id='narrow', title=title, cards=narrow, first=not listed, note=''))
+    linked = [(f'{i}-{j}' if (i,j) in of else '', true, said, n, all_) for (i,j),true,said,n,all_ in rows]
+    return _html.pairs(n_classes=len(p.data.classes), rows=linked, cells=cells, narrow=len(narrow))
+
+# %% ../nbs/05c_report.ipynb #2e297bd9
+def _confusion(pics, cards): return (_matrix if len(pics.p.data.classes) <= 30 else _pairs)(pics, cards)
 
 # %% ../nbs/05c_report.ipynb #8191f514
 def _calibration(p):
@@ -214,12 +259,13 @@ def report(pics:Pictures, # What to show, with all predictions
     cards = _cards(pics)
     sections = [_training(history, p.data.split), _classes(p), _confusion(pics, cards), _calibration(p),
                 _recipe(history, versions), _mistakes(pics, cards)]
-    columns,(h,w) = math.ceil(len(pics.idx)**.5),p.data.images.shape[1:3]
+    columns,(h,w) = math.ceil(len(pics.idx)**.5),pics.size
+    photographs = max(h, w) > 32
     sha = base64.b64encode(hashlib.sha256(_JS.encode()).digest()).decode()
     return _html.page(dataset=p.data.name, recipe=history.recipe.get('name'), accuracy=f'{p.accuracy:.2f}',
                       history=history, data=p.data, facts=_facts(p, history, parameters), nav=nav, sections=sections,
-                      css=_CSS, images=data_uri(pics.images), heatmaps=data_uri(pics.heatmaps),
-                      columns=columns, ratio=f'{h/w:g}', js=_JS, sha=sha)
+                      css=_CSS, images=data_uri(pics.images, photographs), heatmaps=data_uri(pics.heatmaps),
+                      columns=columns, ratio=f'{h/w:g}', smooth=photographs, js=_JS, sha=sha)
 
 # %% ../nbs/05c_report.ipynb #c4a60011
 def write_report(path, # Where to; folders are made if need be

@@ -29,7 +29,7 @@ if (gallery) {
 
 // The confusion matrix: the cell whose images are shown is marked
 const mark = () => {
-  for (const a of document.querySelectorAll('.confusion a')) {
+  for (const a of document.querySelectorAll('.confusion a, .pairs a')) {
     if (a.hash === location.hash) a.setAttribute('aria-current', 'true');
     else a.removeAttribute('aria-current');
   }
