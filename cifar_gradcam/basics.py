@@ -66,7 +66,7 @@ def _letters(file): # of a font: the numbers of its letters, in Unicode; `file`:
 # %% ../nbs/00_basics.ipynb #4ecce3cb
 def font_families(text:str # What is to be drawn
                  )->list: # Names of families, the usual ones first
-    "The fonts that matplotlib is to draw a text with: those that are set, and for letters that they lack installed ones"
+    "The fonts for matplotlib to draw a text with: those that are set, and for letters that they lack installed ones"
     import matplotlib
     from matplotlib.font_manager import FontProperties, findfont, fontManager
     families = list(matplotlib.rcParams['font.family'])

@@ -34,7 +34,7 @@ def plain_text(): # A context manager, and a decorator
 # %% ../nbs/00b_pictures.ipynb #4125a3bb
 def _width(text): # of a text in a figure, inches
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph') # for a letter that no font has; matplotlib says so again when it draws
+        warnings.filterwarnings('ignore', 'Glyph') # for a letter that no font has; matplotlib says so again in drawing
         return text.get_window_extent().width/text.figure.dpi
 
 # %% ../nbs/00b_pictures.ipynb #b6eb425f
