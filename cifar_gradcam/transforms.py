@@ -21,8 +21,11 @@ from .pictures import show_images
 def channel_stats(images:np.ndarray # uint8 (N, H, W, 3)
                  ): # Mean and standard deviation of each channel, two tuples of 3, in units of full scale (0..1)
     "The mean and standard deviation of each colour channel over all pixels"
-    # from the counts of the 256 values: exact, and no array of floats as large as the data set
-    n = np.stack([np.bincount(images[...,c].ravel(), minlength=256) for c in range(3)])/images[...,0].size
+    # from the counts of the 256 values: exact, and no array of floats as large as the data set, which may lie on a disk
+    n = np.zeros((3,256), np.int64)
+    for few in np.split(images, range(1000, len(images), 1000)):
+        n += [np.bincount(few[...,c].ravel(), minlength=256) for c in range(3)]
+    n = n/images[...,0].size
     v = np.arange(256)/255
     mean = n@v
     return tuple(mean.tolist()), tuple(np.sqrt(n@v**2 - mean**2).tolist())
@@ -31,46 +34,58 @@ def channel_stats(images:np.ndarray # uint8 (N, H, W, 3)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465) # of the training images, per channel R, G, B, full scale being 1
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
+# %% ../nbs/01_transforms.ipynb #03f829ad
+def _length(at_32, side): # in whole pixels, on an image of this side, of what is `at_32` pixels long on one of 32
+    return max(1, round(at_32*side/32))
+
+# %% ../nbs/01_transforms.ipynb #1d2e5d1c
+def _blurred_over(side): # how many pixels in a row, an odd number, in Albumentations' form: a range
+    return (2*_length(1, side)+1,)*2
+
 # %% ../nbs/01_transforms.ipynb #8f7f5e6e
 AUGMENTATIONS = {
-    'HorizontalFlip': lambda p=.5: A.HorizontalFlip(p=p),
-    # shift by up to 2 pixels; the border is mirrored, so that no black edge tells where the image was
-    'RandomCrop': lambda p=1.: A.Sequential([A.Pad(2, border_mode=cv2.BORDER_REFLECT_101, p=1),
-                                             A.RandomCrop(32, 32, p=1)], p=p),
-    # Cutout: hide a square of 8 x 8 pixels under the mean colour
-    'CoarseDropout': lambda p=.5: A.CoarseDropout(num_holes_range=(1,1),
-                                                  hole_height_range=(8,8), hole_width_range=(8,8),
-                                                  fill=tuple(round(255*m) for m in CIFAR10_MEAN), p=p),
-    'Rotate': lambda p=.5: A.Rotate(limit=15, border_mode=cv2.BORDER_REFLECT_101, p=p),
+    'HorizontalFlip': lambda p=.5, side=32: A.HorizontalFlip(p=p),
+    # shift by up to a sixteenth; the border is mirrored, so that no black edge tells where the image was
+    'RandomCrop': lambda p=1., side=32: A.Sequential([A.Pad(_length(2, side), border_mode=cv2.BORDER_REFLECT_101, p=1),
+                                                      A.RandomCrop(side, side, p=1)], p=p),
+    # Cutout: hide a square, a quarter as wide as the image, under the mean colour
+    'CoarseDropout': lambda p=.5, side=32: A.CoarseDropout(num_holes_range=(1,1),
+                                                           hole_height_range=(_length(8, side),)*2,
+                                                           hole_width_range=(_length(8, side),)*2,
+                                                           fill=tuple(round(255*m) for m in CIFAR10_MEAN), p=p),
+    'Rotate': lambda p=.5, side=32: A.Rotate(limit=15, border_mode=cv2.BORDER_REFLECT_101, p=p),
     # ShiftScaleRotate
-    'Affine': lambda p=.5: A.Affine(translate_percent=(-.1,.1), scale=(.9,1.1), rotate=(-15,15),
-                                    border_mode=cv2.BORDER_REFLECT_101, p=p),
-    'OpticalDistortion': lambda p=.5: A.OpticalDistortion(distort_limit=(-.3,.3),
-                                                          border_mode=cv2.BORDER_REFLECT_101, p=p),
-    'Blur': lambda p=.2: A.Blur(blur_limit=(3,3), p=p),
-    'MedianBlur': lambda p=.2: A.MedianBlur(blur_limit=(3,3), p=p),
-    'CLAHE': lambda p=.2: A.CLAHE(clip_limit=(1,3), tile_grid_size=(2,2), p=p),
-    'RGBShift': lambda p=.5: A.RGBShift(20, 20, 20, p=p),
-    'HueSaturationValue': lambda p=.5: A.HueSaturationValue(10, 30, 20, p=p),
-    'ChannelShuffle': lambda p=.1: A.ChannelShuffle(p=p),
-    'RandomBrightness': lambda p=.5: A.RandomBrightnessContrast(brightness_limit=(-.2,.2), contrast_limit=(0,0), p=p),
-    'RandomContrast': lambda p=.5: A.RandomBrightnessContrast(brightness_limit=(0,0), contrast_limit=(-.2,.2), p=p),
-    'RandomGamma': lambda p=.5: A.RandomGamma(gamma_limit=(75,130), p=p),
-    'ToGray': lambda p=.1: A.ToGray(p=p),
+    'Affine': lambda p=.5, side=32: A.Affine(translate_percent=(-.1,.1), scale=(.9,1.1), rotate=(-15,15),
+                                             border_mode=cv2.BORDER_REFLECT_101, p=p),
+    'OpticalDistortion': lambda p=.5, side=32: A.OpticalDistortion(distort_limit=(-.3,.3),
+                                                                   border_mode=cv2.BORDER_REFLECT_101, p=p),
+    'Blur': lambda p=.2, side=32: A.Blur(blur_limit=_blurred_over(side), p=p),
+    'MedianBlur': lambda p=.2, side=32: A.MedianBlur(blur_limit=_blurred_over(side), p=p),
+    'CLAHE': lambda p=.2, side=32: A.CLAHE(clip_limit=(1,3), tile_grid_size=(2,2), p=p),
+    'RGBShift': lambda p=.5, side=32: A.RGBShift(20, 20, 20, p=p),
+    'HueSaturationValue': lambda p=.5, side=32: A.HueSaturationValue(10, 30, 20, p=p),
+    'ChannelShuffle': lambda p=.1, side=32: A.ChannelShuffle(p=p),
+    'RandomBrightness': lambda p=.5, side=32: A.RandomBrightnessContrast(
+        brightness_limit=(-.2,.2), contrast_limit=(0,0), p=p),
+    'RandomContrast': lambda p=.5, side=32: A.RandomBrightnessContrast(
+        brightness_limit=(0,0), contrast_limit=(-.2,.2), p=p),
+    'RandomGamma': lambda p=.5, side=32: A.RandomGamma(gamma_limit=(75,130), p=p),
+    'ToGray': lambda p=.1, side=32: A.ToGray(p=p),
     # JpegCompression
-    'ImageCompression': lambda p=.2: A.ImageCompression(compression_type='jpeg', quality_range=(40,90), p=p),
+    'ImageCompression': lambda p=.2, side=32: A.ImageCompression(compression_type='jpeg', quality_range=(40,90), p=p),
 }
 
 # %% ../nbs/01_transforms.ipynb #a1c021f7
 def augmentation(name:str, # A key of `AUGMENTATIONS`
                  p:float|None=None, # Probability that it is applied to an image, 0..1; None: its own default
-                ): # An Albumentations transform: uint8 (32, 32, 3) in, uint8 (32, 32, 3) out
-    "One augmentation at a strength that suits 32 x 32 pixels"
+                 side:int=32, # Of the images, pixels
+                ): # An Albumentations transform: uint8 (side, side, 3) in, uint8 (side, side, 3) out
+    "One augmentation at a strength that suits images of this side"
     if name not in AUGMENTATIONS:
         raise ValueError(f"no augmentation is called {name!r}; there are {', '.join(AUGMENTATIONS)}")
-    if p is None: return AUGMENTATIONS[name]()
-    if not 0 <= p <= 1: raise ValueError(f"p is a probability, 0..1, got {p}")
-    return AUGMENTATIONS[name](p)
+    if p is not None and not 0 <= p <= 1: raise ValueError(f"p is a probability, 0..1, got {p}")
+    given = ({} if p is None else dict(p=p)) | ({} if side == 32 else dict(side=side)) # what is added may know no side
+    return AUGMENTATIONS[name](**given)
 
 # %% ../nbs/01_transforms.ipynb #8b3635c1
 def _normalize(mean, std): # of an image of as many channels
@@ -83,14 +98,16 @@ def _normalize(mean, std): # of an image of as many channels
 DEFAULT_AUGMENTATIONS = ('HorizontalFlip', 'RandomCrop')
 
 def train_transforms(names=DEFAULT_AUGMENTATIONS, # Keys of `AUGMENTATIONS`, applied in this order
-                     size:int=32, # Side of the image that comes out, pixels; under 32 it is averaged down
+                     size:int=32, # Side of the image that comes out, pixels; under `side` it is averaged down
                      *, mean, # Of each channel of the training images, full scale being 1
                      std, # The same
-                    )->A.Compose: # uint8 (32, 32, 3) in, float32 tensor (3, size, size) out
+                     side:int=32, # Of the images that go in, pixels
+                    )->A.Compose: # uint8 (side, side, 3) in, float32 tensor (3, size, size) out
     "The training pipeline: augmentations, normalisation, tensor"
     if isinstance(names, str): raise TypeError(f"names is a sequence of names; for one only write [{names!r}]")
-    resize = [] if size == 32 else [A.Resize(size, size, interpolation=cv2.INTER_AREA, p=1)]
-    return A.Compose([*map(augmentation, names), *resize, _normalize(mean, std), ToTensorV2()], strict=True)
+    resize = [] if size == side else [A.Resize(size, size, interpolation=cv2.INTER_AREA, p=1)]
+    augmentations = [augmentation(name, side=side) for name in names]
+    return A.Compose([*augmentations, *resize, _normalize(mean, std), ToTensorV2()], strict=True)
 
 # %% ../nbs/01_transforms.ipynb #ab3c2246
 def test_transforms(mean, # Of each channel of the training images, full scale being 1
@@ -109,7 +126,7 @@ def denormalize(x, # Tensor (..., 3, H, W), normalised
     return np.clip(np.round((x*np.array(std) + np.array(mean))*255), 0, 255).astype(np.uint8)
 
 # %% ../nbs/01_transforms.ipynb #3bee8ebd
-def gallery(image:np.ndarray, # uint8 (32, 32, 3)
+def gallery(image:np.ndarray, # uint8 (side, side, 3)
             names=tuple(AUGMENTATIONS), # Keys of `AUGMENTATIONS`
             seed:int=0, # Another seed draws other variations
             suptitle:str|None=None, # Title of the whole figure
@@ -120,5 +137,6 @@ def gallery(image:np.ndarray, # uint8 (32, 32, 3)
             reseed(t, seed, k, i)
             yield t(image=image)['image']
     def change(new): return np.abs(new.astype(int)-image).mean()
-    pictures = [image, *(max(tries(k, augmentation(name, 1)), key=change) for k,name in enumerate(names))]
+    most = (max(tries(k, augmentation(name, 1, len(image))), key=change) for k,name in enumerate(names))
+    pictures = [image, *most]
     return show_images(pictures, titles=['original', *names], ncols=6, cell=1.35, suptitle=suptitle)
