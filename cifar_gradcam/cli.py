@@ -11,7 +11,7 @@ import argparse, os, sys
 from . import __version__
 
 # %% ../nbs/06_cli.ipynb #0c36ed4f
-DATASET_NAMES = ('cifar10','shapes') # the keys of `data.DATASETS`
+DATASET_NAMES = ('cifar10','shapes','cifar100','svhn','fashionmnist') # the keys of `data.DATASETS`
 RECIPE_NAMES = ('seed','fast','strong','full','shapes') # the keys of `training.RECIPES`
 METHOD_NAMES = ( # the keys of `methods.METHODS`
     'GradCAM','GradCAMPlusPlus','XGradCAM','HiResCAM','LayerCAM','CAM','ScoreCAM','AblationCAM','EigenCAM',
@@ -34,13 +34,19 @@ def _option_model(c):
 # %% ../nbs/06_cli.ipynb #94b4223e
 def _options_of_run(c):
     c.add_argument('--dataset', default='auto', choices=('auto', *DATASET_NAMES),
-                   help='auto: CIFAR-10 if it is there or can be downloaded, else Shapes')
+                   help='auto: CIFAR-10 if it is there or can be downloaded, else Shapes; or the pictures in --data')
     c.add_argument('--recipe', metavar='NAME',
                    help=f"how to train: {', '.join(RECIPE_NAMES)} (default: the data set's own, 'fast' for CIFAR-10)")
     c.add_argument('--folder', help='where everything goes; a run found there is resumed '
                                     '(default: runs/<data set>-<recipe>[-<settings>][-seed<seed>])')
     c.add_argument('--data', metavar='FOLDER',
-                   help='folder that holds cifar-10-batches-py (default: $CIFAR_GRADCAM_DATA, else the cache)')
+                   help='a folder of pictures, with a folder for each class in it, or in train/ and test/ or val/; or '
+                        'the one that holds cifar-10-batches-py (default: $CIFAR_GRADCAM_DATA, else the cache)')
+    c.add_argument('--size', type=int, metavar='N',
+                   help='side of the images, 8 to 224 pixels (default: as they are; of pictures in a folder what is '
+                        'common among them, at most 64)')
+    c.add_argument('--strict', action='store_true',
+                   help='stop where a picture in the folder cannot be read (default: name it, and leave it out)')
     c.add_argument('--set', metavar='NAME=VALUE', action='append', default=[],
                    help='change a setting of the recipe, such as lr=0.1 or epochs=2,1,1 (may be given several times)')
     c.add_argument('--seed', type=int, help="another seed than the recipe's")
@@ -56,7 +62,8 @@ def _options_of_run(c):
 def _options_of_tests(c):
     _option_model(c)
     c.add_argument('--dataset', choices=DATASET_NAMES, help='default: the one that the model was trained on')
-    c.add_argument('--data', metavar='FOLDER', help='folder that holds cifar-10-batches-py')
+    c.add_argument('--data', metavar='FOLDER',
+                   help='a folder of pictures with the classes of the model, or the one that holds cifar-10-batches-py')
 
 # %% ../nbs/06_cli.ipynb #99333108
 def _options_of_robustness(c):
@@ -114,7 +121,7 @@ def _run(args):
     c = _commands(sys.stdout)
     recipe = c.RECIPES[args.recipe] if args.recipe else None
     c.run(args.dataset, recipe, args.set, args.seed, args.folder, args.data, args.holdout, args.tensorboard,
-          args.device, amp=args.amp, n_workers=args.workers)
+          args.device, size=args.size, strict=args.strict, amp=args.amp, n_workers=args.workers)
 
 # %% ../nbs/06_cli.ipynb #9cacaece
 def _evaluate(args):

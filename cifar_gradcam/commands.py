@@ -7,7 +7,7 @@ __all__ = ['versions', 'write_figures', 'change', 'metrics_of', 'run', 'model_an
            'explain_images']
 
 # %% ../nbs/06a_commands.ipynb #9990bcf9
-import json, os, platform, warnings
+import json, math, os, platform, re, sys, warnings
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,10 @@ from . import __version__
 from .analysis import Predictions, calibration, class_table, predictions, print_class_accuracy
 from .basics import progress_bar
 from .corruptions import plot_robustness, robustness
-from .data import dataset_called, holdout, load_data
+from .data import Dataset, at_size, check_size, dataset_called, holdout, load_data
 from .files import write_atomically
 from .engine import CAMMethod
+from .folders import Found, folder_data, folder_test, what_lies_in
 from .maps import (OF_NO_CLASS, explain, explain_picture, plot_explanation, plot_mistakes_cam,
                                 plot_mistakes_heatmaps, plot_mistakes_pairs)
 from .methods import METHODS
@@ -49,7 +50,7 @@ def write_figures(folder, # Where to, made if need be
     first = p.mistakes[:36]
     # once, for three of the figures
     if len(first): maps = explain(model, p.data.images[first], info, p.predicted[first])
-    figures = dict(gallery=lambda: gallery(p.data.images[1], suptitle=f'{p.data.name}: the augmentations'),
+    figures = dict(gallery=lambda: gallery(p.data.images[:2][-1], suptitle=f'{p.data.name}: the augmentations'),
                    curves=lambda: plot_curves(h),
                    accuracy=lambda: plot_accuracy(h),
                    class_accuracy=lambda: plot_class_accuracy(p),
@@ -101,17 +102,32 @@ def metrics_of(trainer, # A finished `Trainer`
     return dict(dataset=trainer.train.name, evaluated_on=p.data.split, recipe=asdict(recipe), seed=recipe.seed,
                 test_accuracy=p.accuracy, test_loss=p.loss, ece=calibration(p).ece,
                 train_accuracy=last['train_accuracy'],
-                class_accuracy=dict(zip(p.data.classes, p.class_accuracy.tolist())),
+                class_accuracy={name: None if math.isnan(acc) else acc # JSON has no nan
+                                for name,acc in zip(p.data.classes, p.class_accuracy.tolist())},
                 pflop=last['pflop'], seconds=last['seconds'],
                 parameters=sum(q.numel() for q in trainer.model.parameters()),
                 processes=trainer.world, device=str(trainer.device), precision=trainer.history.precision,
                 versions=versions())
 
+# %% ../nbs/06a_commands.ipynb #e2763522
+def _in_a_path(name): # the name of a data set, as a part of a file name
+    return re.sub(r'[^\w.-]+', '-', name).strip('-.') or 'pictures'
+
+# %% ../nbs/06a_commands.ipynb #09def847
+def _data(dataset, root, size, strict): # key, `Dataset`, train, test, and a line that says what they are; see `run`
+    lies = what_lies_in(root) if dataset == 'auto' and root is not None else root
+    if isinstance(lies, Found):
+        train,test,line = folder_data(lies, size, strict)
+        return _in_a_path(train.name), Dataset(train.name, None, recipe='fast'), train, test, line
+    train,test,line = load_data(dataset, lies)
+    if size is not None: train,test,line = at_size(train, size), at_size(test, size), f'{line}, at {size} x {size}'
+    return *dataset_called(train.name), train, test, line
+
 # %% ../nbs/06a_commands.ipynb #4c1c9aa7
-def _data_for_all(dataset, root): # what `load_data` gives, in each of the processes that train together
+def _data_for_all(*args): # what `_data` gives, in each of the processes that train together
     rank,world = rank_and_world()
     if world > 1 and rank: dist.barrier()
-    found = load_data(dataset, root)
+    found = _data(*args)
     if world > 1 and not rank: dist.barrier()
     return found
 
@@ -123,10 +139,11 @@ def _recipe_for(dataset, recipe, settings, seed): # dataset: a `Dataset`; the ot
     return recipe if seed is None else replace(recipe, seed=seed)
 
 # %% ../nbs/06a_commands.ipynb #b293fc28
-def _folder_for(key, recipe, seed, n_holdout): # where a run goes if nobody says; key: of `DATASETS`
+def _folder_for(key, recipe, seed, n_holdout, size=None): # where a run goes if nobody says; key: of `DATASETS`
+    sized = '' if size is None else f'-size{size}'
     seeded = '' if seed is None else f'-seed{seed}'
     held_out = f'-holdout{n_holdout}' if n_holdout else ''
-    return Path('runs')/f'{key}-{recipe.name}{seeded}{held_out}'
+    return Path('runs')/f'{key}-{recipe.name}{sized}{seeded}{held_out}'
 
 # %% ../nbs/06a_commands.ipynb #e5136913
 def _folder(path): # the `Path` of a folder that is there or can be made
@@ -164,26 +181,28 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         settings=(), # Changes to the recipe, see `change`
         seed:int|None=None, # Another seed than the recipe's
         folder=None, # Where everything goes; None: runs/<data set>-<recipe>, with settings, seed and holdout if given
-        root=None, # Folder for data sets; see `data_root`
+        root=None, # A folder of pictures to train on, see `folders.folder_data`; or that for data sets, see `data_root`
         n_holdout:int=0, # Training images to evaluate on instead of the test set, held out: for choosing recipes
         tensorboard:bool=False, # Log for TensorBoard too?
         device=None, # None: the best there is
+        size:int|None=None, # Side of the images, 8..224 pixels; None: as they are, or see `folders.common_size`
+        strict:bool=False, # Is a picture in the folder that cannot be read an error? Else it is left out, and named
         **kwargs # `amp`, `n_workers`, `save_every`: see `training.Trainer`
        )->dict: # What metrics.json holds
     "Train, evaluate and explain; write model, history, metrics, figures and the report into one folder"
     device = pick_device(device)
+    if size is not None: check_size(size)
     _check_early(dataset, recipe, settings, seed, folder)
     with process_group(device):
         rank,_ = rank_and_world()
         def say(text):
             if not rank: print(text, flush=True)
         say('preparing the data ...')
-        train,test,line = _data_for_all(dataset, root)
-        key,known = dataset_called(train.name)
+        key,known,train,test,line = _data_for_all(dataset, root, size, strict)
         if n_holdout: train,test = holdout(train, n_holdout)
         say(line + (f'; {n_holdout:,} of the training images held out to evaluate on' if n_holdout else ''))
         recipe = _recipe_for(known, recipe, settings, seed)
-        folder = _folder(folder or _folder_for(key, recipe, seed, n_holdout))
+        folder = _folder(folder or _folder_for(key, recipe, seed, n_holdout, size))
         pflop = recipe.pflop(len(train), len(train.classes))
         say(f"recipe '{recipe.name}': {sum(recipe.lengths):g} epochs, {pflop:.3f} PFLOP; everything goes to '{folder}'")
         callback = tensorboard_log(folder/'tensorboard') if tensorboard and not rank else None
@@ -205,15 +224,21 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
 # %% ../nbs/06a_commands.ipynb #460d2f01
 def model_and_test(path=PRETRAINED, # File that `save_model` wrote
                    dataset:str|None=None, # A key or title of `data.DATASETS`; None: the one that it was trained on
-                   root=None, # Folder for data sets; see `data_root`
+                   root=None, # A folder of pictures, see `folders.folder_test`; or that for data sets, see `data_root`
                   ): # The model, its `ModelInfo`, and the test set
     "A saved model and the images to test it on. Raises `ValueError` if their classes differ"
     model,info = load_model(path)
+    lies = what_lies_in(root) if dataset is None and root is not None else root
+    if isinstance(lies, Found):
+        test,line = folder_test(lies, info.size, info.classes)
+        print(line, file=sys.stderr)
+        return model,info,test
     try: _,known = dataset_called(dataset or info.dataset)
     except ValueError as e:
         if dataset: raise
-        raise ValueError(f"'{path}' was trained on {info.dataset!r}: {e}; name the one to test it on") from e
-    test = known.images('test', root)
+        raise ValueError(f"'{path}' was trained on {info.dataset!r}: {e}; name the one to test it on, "
+                         "or its folder of pictures") from e
+    test = at_size(known.images('test', lies), info.size)
     if test.classes != info.classes:
         known,there = ', '.join(info.classes), ', '.join(test.classes)
         raise ValueError(f"the model knows the classes {known}; {test.name} has {there}")
@@ -222,7 +247,7 @@ def model_and_test(path=PRETRAINED, # File that `save_model` wrote
 # %% ../nbs/06a_commands.ipynb #8e959c74
 def evaluate_model(path=PRETRAINED, # File that `save_model` wrote
                    dataset:str|None=None, # A key or title of `data.DATASETS`; None: the one that it was trained on
-                   root=None, # Folder for data sets; see `data_root`
+                   root=None, # A folder of pictures, or that for data sets; see `model_and_test`
                   ): # `Predictions` on the test set
     "Print the accuracy of a model on a test set, class by class"
     model,info,test = model_and_test(path, dataset, root)
@@ -235,7 +260,7 @@ def evaluate_model(path=PRETRAINED, # File that `save_model` wrote
 # %% ../nbs/06a_commands.ipynb #1b73999b
 def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
                         dataset:str|None=None, # A key or title of `data.DATASETS`; None: what it was trained on
-                        root=None, # Folder for data sets; see `data_root`
+                        root=None, # A folder of pictures, or that for data sets; see `model_and_test`
                         n_images:int=1000, # The first so many of the test set, at least 1
                         out='.', # Folder for the figure
                        ): # `Robustness`

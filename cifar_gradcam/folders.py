@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'pictures_in', 'by_class', 'Found', 'look', 'held_out', 'square', 'common_size', 'cache_folder', 'Read',
-           'read_squares', 'picture_folder', 'folder_data']
+           'read_squares', 'picture_folder', 'folder_data', 'folder_test', 'what_lies_in']
 
 # %% ../nbs/00e_folders.ipynb #b7e5a28a
 import errno, hashlib, io, json, os, shutil, sys, unicodedata
@@ -19,9 +19,10 @@ import torch
 from fastcore.xdg import xdg_cache_home
 from filelock import FileLock, Timeout
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from .basics import progress_bar
-from .data import DATASETS, SIDES, ImageSet
+from .data import DATASETS, ImageSet, check_size, memory
 from .files import write_atomically
 from .pictures import read_image, resized
 
@@ -225,11 +226,6 @@ def common_size(files # Picture files
     middle = sorted(sides)[(len(sides)-1)//2]
     return min(max(middle, 8), 64)
 
-# %% ../nbs/00e_folders.ipynb #8e219679
-def _check_size(size): # None: from the pictures
-    if size is not None and size not in SIDES:
-        raise ValueError(f"size must lie in {SIDES[0]}..{SIDES[-1]} pixels, got {size}")
-
 # %% ../nbs/00e_folders.ipynb #e34e4cdc
 def _squares(files, size): # yields for each file uint8 (size, size, 3), or the error
     def one(file):
@@ -296,21 +292,13 @@ class Read:
     images:np.ndarray # uint8 (n, size, size, 3), in memory, or mapped from a file
     unreadable:dict # {number of a file: why it cannot be read}
 
-# %% ../nbs/00e_folders.ipynb #8f125a43
-def _memory(): # bytes that this process may use
-    try: whole = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError, OSError): whole = 8e9 # on Windows nobody says without another library
-    limit = Path('/sys/fs/cgroup/memory.max') # of a container
-    text = limit.read_text().strip() if limit.is_file() else ''
-    return min(whole, int(text)) if text.isdecimal() else whole
-
 # %% ../nbs/00e_folders.ipynb #37d87adf
 SHARE = .25 # of the memory, up to which an array is held in it
 
 def _kept(array, about): # `Read` if both files are there and whole; else None
     try:
         unreadable = {int(k): why for k,why in json.loads(about.read_text()).items()}
-        large = array.stat().st_size > SHARE*_memory()
+        large = array.stat().st_size > SHARE*memory()
         return Read(np.load(array, mmap_mode='c' if large else None), unreadable)
     except (OSError, ValueError, AttributeError, EOFError): return None
 
@@ -391,9 +379,12 @@ def _check_read(part, labels, unreadable, strict): # part: {class: files}
 # %% ../nbs/00e_folders.ipynb #53f40a9b
 _ARCHIVES = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
 
+def _packed(root): # names of the archives in a folder
+    return [e.name for e in _entries(root) if e.name.lower().endswith(_ARCHIVES)]
+
+# %% ../nbs/00e_folders.ipynb #6b5bbc23
 def _no_pictures(root): # the error that says so
-    packed = [e.name for e in _entries(root) if e.name.lower().endswith(_ARCHIVES)]
-    if packed: return ValueError(f"there is no picture in '{root}', but {_some(packed)}: unpack it first")
+    if packed := _packed(root): return ValueError(f"there is no picture in '{root}', but {_some(packed)}: unpack it first")
     return ValueError(f"there is no picture in '{root}'; a data set has a folder for each class, {_layout_wanted(root)}")
 
 # %% ../nbs/00e_folders.ipynb #b11800f4
@@ -407,13 +398,27 @@ def picture_folder(root # As the user names it
     raise NotADirectoryError(f"'{root}' is a file, and a folder of pictures is wanted{hint}")
 
 # %% ../nbs/00e_folders.ipynb #ff3f53be
-def _said(found, sets, wrong): # one line; wrong: why some cannot be read
-    train,test = sets
-    side = train.images.shape[1]
-    parts = [f"data: {train.name!r}, {len(train.classes)} classes in {found.layout}",
-             f'{len(train):,} training and {len(test):,} test images of {side} x {side}', *found.notes]
+def _part(found, split, size, strict, cache): # an `ImageSet`, and why some pictures cannot be read
+    part = getattr(found, split)
+    files,labels = _in_order(part, found.folder)
+    read = read_squares(files, size, found.folder, split, cache)
+    _check_read(part, labels, read.unreadable, strict)
+    labels = np.delete(labels, list(read.unreadable))
+    return ImageSet(_name_of(found.folder), split, read.images, labels, found.classes), [*read.unreadable.values()]
+
+# %% ../nbs/00e_folders.ipynb #49f1940e
+def _said(found, counts, data, wrong): # one line; counts: how many images, in words; wrong: why some cannot be read
+    side = data.images.shape[1]
+    parts = [f"data: {data.name!r}, {len(data.classes)} classes in {found.layout}",
+             f'{counts} images of {side} x {side}', *found.notes]
     if wrong: parts.append(f"{len(wrong)} picture{'s'*(len(wrong) > 1)} left out: {_some(wrong)}")
     return '; '.join(parts)
+
+# %% ../nbs/00e_folders.ipynb #df6da64e
+def _found_in(root, seed): # `Found` with a test part
+    found = root if isinstance(root, Found) else look(picture_folder(root))
+    if found is None: raise _no_pictures(root)
+    return _divided(found, seed)
 
 # %% ../nbs/00e_folders.ipynb #58948262
 def folder_data(root, # Folder of pictures, or what `look` found in it
@@ -423,18 +428,40 @@ def folder_data(root, # Folder of pictures, or what `look` found in it
                 cache=None, # Where pictures that were read are kept; None: `cache_folder`
                ): # train, test (`ImageSet`s), and a line that says what they are
     "The training and test images in a folder of pictures. Raises `ValueError` if it is no data set, and says why"
-    _check_size(size)
-    found = root if isinstance(root, Found) else look(picture_folder(root))
-    if found is None: raise _no_pictures(root)
-    found = _divided(found, seed)
-    parts = dict(train=found.train, test=found.test)
+    if size is not None: check_size(size)
+    found = _found_in(root, seed)
     size = size or common_size([file for files in found.train.values() for file in files])
-    sets,wrong,name = [],[],_name_of(found.folder)
-    for split,part in parts.items():
-        files,labels = _in_order(part, found.folder)
-        read = read_squares(files, size, found.folder, split, cache)
-        _check_read(part, labels, read.unreadable, strict)
-        wrong += read.unreadable.values()
-        labels = np.delete(labels, list(read.unreadable))
-        sets.append(ImageSet(name, split, read.images, labels, found.classes))
-    return *sets, _said(found, sets, wrong)
+    train,wrong = _part(found, 'train', size, strict, cache)
+    test,more = _part(found, 'test', size, strict, cache)
+    return train, test, _said(found, f'{len(train):,} training and {len(test):,} test', test, wrong+more)
+
+# %% ../nbs/00e_folders.ipynb #c365441f
+def folder_test(root, # Folder of pictures, or what `look` found in it
+                size:int, # Side of the images, 8..224 pixels
+                classes:tuple, # Those of the model, in the order of its logits
+                seed:int=0, # Decides what is held out where there is no test part
+                cache=None, # Where pictures that were read are kept; None: `cache_folder`
+               ): # The test set, an `ImageSet` with these classes, and a line that says what it is
+    "The test images in a folder of pictures, for a model. Raises `ValueError` if it has classes that the model has not"
+    check_size(size)
+    found = _found_in(root, seed)
+    if set(found.classes) - set(classes):
+        raise ValueError(f"the model knows the classes {', '.join(classes)}; "
+                         f"{_name_of(found.folder)} has {', '.join(found.classes)}")
+    test,wrong = _part(found, 'test', size, False, cache)
+    labels = np.array([classes.index(name) for name in found.classes], np.int64)[test.labels]
+    return replace(test, labels=labels, classes=tuple(classes)), _said(found, f'{len(test):,} test', test, wrong)
+
+# %% ../nbs/00e_folders.ipynb #b019b942
+def what_lies_in(root # A folder
+                ): # `Found`, or the folder in which CIFAR-10 lies or will lie, as `data.cifar10` takes it
+    "Pictures or CIFAR-10? Raises `ValueError` where there are pictures, and no way to tell their classes"
+    root = Path(root).expanduser()
+    if root.is_file(): picture_folder(root) # says why not
+    if root.resolve().name == CIFAR10.base_folder: return root.resolve().parent
+    if not root.is_dir() or (root/CIFAR10.base_folder).exists(): return root
+    if found := look(root): return found
+    packed = _packed(root)
+    if not packed or {CIFAR10.filename, CIFAR100.filename} & {*packed}: return root
+    raise ValueError(f"there is no picture in '{root}', but {_some(packed)}: unpack it first; "
+                     "or, if CIFAR-10 is to be downloaded there, name the data set cifar10")
