@@ -109,11 +109,11 @@ def metrics_of(trainer, # A finished `Trainer`
                 processes=trainer.world, device=str(trainer.device), precision=trainer.history.precision,
                 versions=versions())
 
-# %% ../nbs/06a_commands.ipynb #e2763522
+# %% ../nbs/06a_commands.ipynb #8765344b
 def _in_a_path(name): # the name of a data set, as a part of a file name
     return re.sub(r'[^\w.-]+', '-', name).strip('-.') or 'pictures'
 
-# %% ../nbs/06a_commands.ipynb #09def847
+# %% ../nbs/06a_commands.ipynb #627ab5c5
 def _data(dataset, root, size, strict): # key, `Dataset`, train, test, and a line that says what they are; see `run`
     lies = what_lies_in(root) if dataset == 'auto' and root is not None else root
     if isinstance(lies, Found):
