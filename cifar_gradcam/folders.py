@@ -94,10 +94,30 @@ def _some(names, n=3): # a few of them, in words
     names = [str(name) for name in names]
     return ', '.join(names[:n]) + (f', ... ({len(names)} in all)' if len(names) > n else '')
 
+# %% ../nbs/00e_folders.ipynb #744a900a
+def _directly_in(folder): # names of the pictures there
+    return [e.name for e in _entries(folder) if not e.is_dir() and _is_picture(e)]
+
+# %% ../nbs/00e_folders.ipynb #a3c3b80c
+def _layout_wanted(root): return f"as in '{Path(root)/'cat'/'1.jpg'}' and '{Path(root)/'dog'/'2.jpg'}'"
+
+# %% ../nbs/00e_folders.ipynb #220df858
+def _classes_of(folder, found): # those with pictures, and what is left aside, in words; found: `by_class(folder)`
+    empty,filled = [k for k,v in found.items() if not v],{k: v for k,v in found.items() if v}
+    if len(filled) == 1:
+        (name,files), = filled.items()
+        raise ValueError(f"all pictures in the folders of '{folder}' ({len(files):,}) are of one class, {name!r}; a "
+                         f"classifier needs two or more, each in a folder of its own, {_layout_wanted(folder)}")
+    beside = _directly_in(folder)
+    notes = [f"no picture in {_some(empty)}"] if empty else []
+    if filled and beside: notes.append(f"left aside, for they lie in no class: {_some(beside)}")
+    return filled,notes
+
 # %% ../nbs/00e_folders.ipynb #27eeaefc
 _TRAIN = ('train','training')
 _TEST = ('test','testing','val','valid','validation')
 
+# %% ../nbs/00e_folders.ipynb #9c7c0607
 def _tested(folder, train): # the pictures by class of a part named by `_TEST`, or None if it has no labels
     found = {k: v for k,v in (_annotated(folder) or by_class(folder)).items() if v}
     if not found.keys() & train.keys(): return None
@@ -126,51 +146,51 @@ def _in_words(root, names): # {name: what it is called by words.txt, if there is
     return {name: word if words.count(word) == 1 else f'{word} ({name})' for name,word in first.items()}
 
 # %% ../nbs/00e_folders.ipynb #dca2e0f1
+def _first_tested(folders, train): # name and pictures by class of the first that has labels; names of those before it
+    without = []
+    for folder in folders:
+        if test := _tested(folder, train): return folder.name,test,without
+        without.append(folder.name)
+    return '',None,without
+
+# %% ../nbs/00e_folders.ipynb #988c29f1
 def _parts(root): # `Found` where there are a training part and classes in it; else None
     folders = {e.name.lower(): Path(e.path) for e in _entries(root) if e.is_dir()}
     train_folder = next((folders[name] for name in _TRAIN if name in folders), None)
     train = by_class(train_folder) if train_folder else {}
-    empty,train = [k for k,v in train.items() if not v],{k: v for k,v in train.items() if v}
-    if not train: return None
-    notes = [f"without a picture in '{train_folder.name}', left aside: {_some(empty)}"] if empty else []
-    there = [folders[name] for name in _TEST if name in folders]
-    tested = {}
-    for folder in there:
-        tested[folder.name] = _tested(folder, train)
-        if tested[folder.name]: break
-        notes.append(f"'{folder.name}' has no folders of these classes, so it is not used")
-    layout,test = f"folders for each class in '{train_folder.name}'", None
-    if there and tested[folder.name]:
-        layout,test = f"{layout} and '{folder.name}'", tested[folder.name]
-        if missing := [k for k,v in test.items() if not v]: notes.append(f"no test picture of {_some(missing)}")
+    if not any(train.values()): return None
+    to_test = [folders[name] for name in _TEST if name in folders]
+    others = [f.name for f in folders.values() if f not in (train_folder, *to_test) and pictures_in(f)]
+    if others and not to_test: return None # a class called 'train', whose pictures lie deeper
+    train,notes = _classes_of(train_folder, train)
+    name,test,without = _first_tested(to_test, train)
+    layout = f"folders for each class in '{train_folder.name}'" + (f" and '{name}'" if test else '')
+    notes += [f"'{other}' has no folders of these classes, so it is not used" for other in without]
+    others += [f.name for f in to_test if f.name not in (name, *without)]
+    if others: notes.append(f"not used: {_some(others)}")
+    if test and (missing := [k for k,v in test.items() if not v]): notes.append(f"no test picture of {_some(missing)}")
     words = _in_words(root, train)
     train,test = ({words[k]: v for k,v in part.items()} if part else None for part in (train,test))
     return Found(Path(root), train, test, layout, tuple(notes))
 
-# %% ../nbs/00e_folders.ipynb #adcdb832
-def _directly_in(folder): # names of the pictures there
-    return [e.name for e in _entries(folder) if not e.is_dir() and _is_picture(e)]
+# %% ../nbs/00e_folders.ipynb #56db90fb
+def _check_no_parts(root, names): # raises if these folders are no classes but parts, in which nothing is labelled
+    if not {name.lower() for name in names} <= {*_TRAIN, *_TEST}: return
+    flat = [name for name in names if name.lower() in _TRAIN]
+    if not flat: raise ValueError(f"there are pictures to test on in '{root}', in {_some(names)}, and none to train on: "
+                                  f"put these into '{Path(root)/'train'}', {_layout_wanted(Path(root)/'train')}")
+    raise ValueError(f"the pictures lie directly in '{Path(root)/flat[0]}', and nothing says what they show: put those "
+                     f"of each class into a folder of its own, {_layout_wanted(Path(root)/flat[0])}")
 
-# %% ../nbs/00e_folders.ipynb #758909cd
-def _layout_wanted(root): return f"as in '{Path(root)/'cat'/'1.jpg'}' and '{Path(root)/'dog'/'2.jpg'}'"
-
+# %% ../nbs/00e_folders.ipynb #46fa0340
 def _classes(root, found): # `Found` where there is a folder for each of several classes; None where there is no picture
     beside = _directly_in(root)
-    empty,found = [k for k,v in found.items() if not v],{k: v for k,v in found.items() if v}
-    if not found and not beside: return None
-    if not found:
+    if not any(found.values()) and not beside: return None
+    if not any(found.values()):
         raise ValueError(f"the pictures lie directly in '{root}' ({_some(beside)}), and nothing says what they show: "
                          f"put those of each class into a folder of its own, {_layout_wanted(root)}")
-    if {k.lower() for k in found} <= {*_TRAIN, *_TEST}:
-        raise ValueError(f"the pictures lie directly in {_some([str(Path(root)/k) for k in found])}, and nothing says "
-                         "what they show: put those of each class into a folder of its own in there, "
-                         f"{_layout_wanted(Path(root)/next(iter(found)))}")
-    if len(found) == 1:
-        (name,files), = found.items()
-        raise ValueError(f"all {len(files):,} pictures in '{root}' are of one class, {name!r}; a classifier needs "
-                         f"two or more, each in a folder of its own, {_layout_wanted(root)}")
-    notes = [f"without a picture, left aside: {_some(empty)}"] if empty else []
-    if beside: notes.append(f"beside the folders, left aside: {_some(beside)}")
+    _check_no_parts(root, [k for k,v in found.items() if v])
+    found,notes = _classes_of(root, found)
     return Found(Path(root), found, None, 'folders', tuple(notes))
 
 # %% ../nbs/00e_folders.ipynb #11b95409
@@ -178,7 +198,8 @@ def _only_folder(root, found): # the one that holds all pictures, and none of it
     files = [file for file, *_ in filter(None, found.values())] # one of each class
     if len(files) != 1 or _directly_in(root): return None
     folder = Path(root)/files[0].relative_to(root).parts[0]
-    return None if _directly_in(folder) else folder
+    is_part = folder.name.lower() in (*_TRAIN, *_TEST)
+    return None if is_part or _directly_in(folder) else folder
 
 # %% ../nbs/00e_folders.ipynb #ec38fa76
 def look(root # A folder
@@ -374,7 +395,7 @@ def _check_read(part, labels, unreadable, strict): # part: {class: files}
     for (name,files),n in zip(part.items(), left):
         if files and not n:
             why = next(why for k,why in unreadable.items() if labels[k] == list(part).index(name))
-            raise ValueError(f"none of the {len(files):,} pictures of {name!r} can be read: {why}")
+            raise ValueError(f"no picture of {name!r} can be read: {why}")
 
 # %% ../nbs/00e_folders.ipynb #53f40a9b
 _ARCHIVES = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
@@ -382,7 +403,7 @@ _ARCHIVES = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
 def _packed(root): # names of the archives in a folder
     return [e.name for e in _entries(root) if e.name.lower().endswith(_ARCHIVES)]
 
-# %% ../nbs/00e_folders.ipynb #6b5bbc23
+# %% ../nbs/00e_folders.ipynb #0c677d1e
 def _no_pictures(root): # the error that says so
     if packed := _packed(root): return ValueError(f"there is no picture in '{root}', but {_some(packed)}: unpack it first")
     return ValueError(f"there is no picture in '{root}'; a data set has a folder for each class, {_layout_wanted(root)}")
@@ -406,7 +427,7 @@ def _part(found, split, size, strict, cache): # an `ImageSet`, and why some pict
     labels = np.delete(labels, list(read.unreadable))
     return ImageSet(_name_of(found.folder), split, read.images, labels, found.classes), [*read.unreadable.values()]
 
-# %% ../nbs/00e_folders.ipynb #49f1940e
+# %% ../nbs/00e_folders.ipynb #1f2dda62
 def _said(found, counts, data, wrong): # one line; counts: how many images, in words; wrong: why some cannot be read
     side = data.images.shape[1]
     parts = [f"data: {data.name!r}, {len(data.classes)} classes in {found.layout}",
@@ -414,11 +435,16 @@ def _said(found, counts, data, wrong): # one line; counts: how many images, in w
     if wrong: parts.append(f"{len(wrong)} picture{'s'*(len(wrong) > 1)} left out: {_some(wrong)}")
     return '; '.join(parts)
 
-# %% ../nbs/00e_folders.ipynb #df6da64e
+# %% ../nbs/00e_folders.ipynb #bc6d931e
 def _found_in(root, seed): # `Found` with a test part
     found = root if isinstance(root, Found) else look(picture_folder(root))
     if found is None: raise _no_pictures(root)
     return _divided(found, seed)
+
+# %% ../nbs/00e_folders.ipynb #e6a0754c
+def _in_both(train, test): # how many test images are among the training images, to the pixel
+    known = {hash(image.tobytes()) for image in train.images}
+    return sum(hash(image.tobytes()) in known for image in test.images)
 
 # %% ../nbs/00e_folders.ipynb #58948262
 def folder_data(root, # Folder of pictures, or what `look` found in it
@@ -433,9 +459,12 @@ def folder_data(root, # Folder of pictures, or what `look` found in it
     size = size or common_size([file for files in found.train.values() for file in files])
     train,wrong = _part(found, 'train', size, strict, cache)
     test,more = _part(found, 'test', size, strict, cache)
+    if twice := _in_both(train, test):
+        note = f"{twice:,} of the test images {'are' if twice > 1 else 'is'} among the training images too"
+        found = replace(found, notes=(*found.notes, note))
     return train, test, _said(found, f'{len(train):,} training and {len(test):,} test', test, wrong+more)
 
-# %% ../nbs/00e_folders.ipynb #c365441f
+# %% ../nbs/00e_folders.ipynb #d970d077
 def folder_test(root, # Folder of pictures, or what `look` found in it
                 size:int, # Side of the images, 8..224 pixels
                 classes:tuple, # Those of the model, in the order of its logits
@@ -452,7 +481,7 @@ def folder_test(root, # Folder of pictures, or what `look` found in it
     labels = np.array([classes.index(name) for name in found.classes], np.int64)[test.labels]
     return replace(test, labels=labels, classes=tuple(classes)), _said(found, f'{len(test):,} test', test, wrong)
 
-# %% ../nbs/00e_folders.ipynb #b019b942
+# %% ../nbs/00e_folders.ipynb #da249707
 def what_lies_in(root # A folder
                 ): # `Found`, or the folder in which CIFAR-10 lies or will lie, as `data.cifar10` takes it
     "Pictures or CIFAR-10? Raises `ValueError` where there are pictures, and no way to tell their classes"
