@@ -80,11 +80,12 @@ def by_class(folder # Holds a folder for each class
 @dataclass(frozen=True)
 class Found:
     "Picture files by class, and how they lay in their folder"
-    folder:Path # Where; its name is the data set's
+    folder:Path # Where the files lie
     train:dict # {name of the class: files}, each at least one
     test:dict|None # The same, each maybe none; None: there is no test part
     layout:str # What was seen, in words
     notes:tuple = () # What was left aside, in words
+    called:Path|None = None # The folder that was named, whose name is the data set's, if another one
 
     @property
     def classes(self)->tuple: return tuple(self.train)
@@ -208,7 +209,9 @@ def look(root # A folder
     if parts := _parts(root): return parts
     found = by_class(root)
     inner = _only_folder(root, found)
-    return look(inner) if inner else _classes(root, found)
+    if not inner: return _classes(root, found)
+    further = look(inner)
+    return replace(further, called=Path(root), notes=(f"in '{inner.name}'", *further.notes))
 
 # %% ../nbs/00e_folders.ipynb #55a7968e
 def _lot(seed, file): # a text that puts files into a random order, the same on all systems
@@ -381,8 +384,8 @@ def _divided(found, seed): # `Found` with a test part
     return replace(found, train=train, test=test, layout=layout, notes=found.notes+notes)
 
 # %% ../nbs/00e_folders.ipynb #53ce8a18
-def _name_of(folder): # what the data set is called
-    name = _class_name(folder.resolve().name) or 'pictures'
+def _name_of(found): # what the data set is called
+    name = _class_name((found.called or found.folder).resolve().name) or 'pictures'
     taken = {*DATASETS, *(known.title for known in DATASETS.values())}
     return f'{name} (folder)' if name in taken else name # a model file names its data set
 
@@ -425,7 +428,7 @@ def _part(found, split, size, strict, cache): # an `ImageSet`, and why some pict
     read = read_squares(files, size, found.folder, split, cache)
     _check_read(part, labels, read.unreadable, strict)
     labels = np.delete(labels, list(read.unreadable))
-    return ImageSet(_name_of(found.folder), split, read.images, labels, found.classes), [*read.unreadable.values()]
+    return ImageSet(_name_of(found), split, read.images, labels, found.classes), [*read.unreadable.values()]
 
 # %% ../nbs/00e_folders.ipynb #1f2dda62
 def _said(found, counts, data, wrong): # one line; counts: how many images, in words; wrong: why some cannot be read
@@ -476,7 +479,7 @@ def folder_test(root, # Folder of pictures, or what `look` found in it
     found = _found_in(root, seed)
     if set(found.classes) - set(classes):
         raise ValueError(f"the model knows the classes {', '.join(classes)}; "
-                         f"{_name_of(found.folder)} has {', '.join(found.classes)}")
+                         f"{_name_of(found)} has {', '.join(found.classes)}")
     test,wrong = _part(found, 'test', size, False, cache)
     labels = np.array([classes.index(name) for name in found.classes], np.int64)[test.labels]
     return replace(test, labels=labels, classes=tuple(classes)), _said(found, f'{len(test):,} test', test, wrong)
