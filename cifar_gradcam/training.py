@@ -27,7 +27,7 @@ from .basics import Table, classify, device_of, eval_mode, progress_bar
 from .charts import curves
 from .data import ImageSet, loader
 from .files import Checkpoints, locked, write_atomically
-from .model import NETWORKS, ModelInfo, count_flop
+from .model import ModelInfo, count_flop, network_called
 from .muon import Muon, filters_of
 from .prediction import evaluate, loss_and_accuracy, pick_device, predict
 from .processes import from_first, largest, process_group, rank_and_world, summed
@@ -58,7 +58,7 @@ class Recipe:
     label_smoothing:float = 0. # Share of each target given evenly to all classes, 0..1
     ema:float = 0. # Share of the old average in the running average of the weights, 0..1; 0: no average
     augmentations:tuple = ('HorizontalFlip','RandomCrop') # Keys of `transforms.AUGMENTATIONS`
-    network:str = 'resnet18' # What is trained: a key of `model.NETWORKS`
+    network:str = 'resnet18' # What is trained, as `model.network_called` takes it
     seed:int = 0 # Of the initial weights, the order of the images and the augmentations, at least 0
 
     def __post_init__(self):
@@ -114,7 +114,8 @@ def _check(self:Recipe):
     need(self.muon_lr >= 0, 'muon_lr', 'at least 0')
     need(self.bias_lr > 0, 'bias_lr', 'over 0')
     need(self.batch_size >= 2, 'batch_size', 'at least 2')
-    need(self.network in NETWORKS, 'network', f"one of {', '.join(NETWORKS)}")
+    try: network_called(self.network)
+    except ValueError as e: raise ValueError(f"recipe {self.name!r}: {e}") from e
     need(self.schedule in SCHEDULES, 'schedule', f"one of {', '.join(SCHEDULES)}")
     need(self.weight_decay >= 0, 'weight_decay', 'at least 0')
     need(self.seed >= 0, 'seed', 'at least 0')
@@ -160,16 +161,25 @@ def seeded(seed:int, # At least 0
     finally:
         for g,state in zip(generators, before): g.set_state(state)
 
+# %% ../nbs/03_training.ipynb #03a50001
+def _tried(network, make, side): # the logits of two black images; raises `ValueError` if it can't take them
+    try:
+        with eval_mode(network), torch.no_grad(): return classify(network, torch.zeros(2, 3, side, side))
+    except (AssertionError, RuntimeError) as e: # what torch and the libraries raise of a shape
+        said = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise ValueError(f"{getattr(make, '__name__', make)} can't take images of {side} x {side} pixels: {said}; "
+                         "choose other sizes in the recipe, or larger images") from e
+
 # %% ../nbs/03_training.ipynb #07c7121f
-def new_network(make, # One of the functions in `NETWORKS`
+def new_network(make, # What `network_called` gives
                 n_classes:int, # Number of classes
-                size:int=32, # Side of the images that it must take, pixels
+                size=32, # Side of the images that it must take, pixels; or several sides
                 seed:int=0, # Decides the initial weights
                )->nn.Module: # (N, 3, H, W) -> (N, n_classes) logits
     "A network that is not trained yet. Raises `ValueError` if it doesn't put out one logit for each class"
     with seeded(seed), torch.device('cpu'):
         network = make(n_classes)
-        with eval_mode(network), torch.no_grad(): logits = classify(network, torch.zeros(2, 3, size, size))
+        for side in dict.fromkeys(np.atleast_1d(size).tolist()): logits = _tried(network, make, side)
     if logits.shape[1] != n_classes:
         raise ValueError(f"{getattr(make, '__name__', make)}({n_classes}) must make a network with {n_classes} logits, "
                          f"one for each class; this {type(network).__name__} has {logits.shape[1]}")
@@ -177,7 +187,7 @@ def new_network(make, # One of the functions in `NETWORKS`
 
 # %% ../nbs/03_training.ipynb #1e90fb4d
 @cache
-def _image_flop(make, n_classes, size): # in training; make: one of the functions in `NETWORKS`
+def _image_flop(make, n_classes, size): # in training; make: what `network_called` gives
     return count_flop(new_network(make, n_classes, size), size, backward=True)
 
 # %% ../nbs/03_training.ipynb #4c29dc52
@@ -191,9 +201,10 @@ def _muon_flop(make, n_classes, size): # of one step, whatever the size
 def pflop(self:Recipe,
           n:int, # Number of training images
           n_classes:int=10, # Number of classes
+          side:int|None=None, # Of the training images, pixels, which a library's network is for; None: the largest size
          )->float: # 10^15 floating-point operations: forward, backward, and Muon's
     "What training by this recipe costs"
-    make,ends = NETWORKS[self.network],self.ends(n)
+    make,ends = network_called(self.network, side or max(self.sizes)),self.ends(n)
     steps = np.diff([0,*ends]).tolist() # of each stage
     images = self.batch_size*sum(k*_image_flop(make, n_classes, size) for k,size in zip(steps, self.sizes))
     muon = ends[-1]*_muon_flop(make, n_classes, self.sizes[0]) if self.muon_lr else 0
@@ -321,7 +332,8 @@ class Trainer:
         self.dtype = None if amp is False else amp_dtype(self.device) or (torch.bfloat16 if amp else None)
         self.ends = recipe.ends(len(train)) # of the stages, in steps
         self.mean,self.std = [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]
-        net = new_network(NETWORKS[recipe.network], len(train.classes), recipe.sizes[0], recipe.seed)
+        make = network_called(recipe.network, train.images.shape[1])
+        net = new_network(make, len(train.classes), recipe.sizes, recipe.seed)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.average = averaged(self.net, recipe.ema) if recipe.ema else None
         self.parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
