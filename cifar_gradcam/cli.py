@@ -27,9 +27,15 @@ def _option_device(c): # adds it to an `ArgumentParser`
     c.add_argument('--device', help='cpu, cuda or mps (default: the best there is)')
 
 # %% ../nbs/06_cli.ipynb #b9cd5deb
-def _option_model(c):
+def _option_model(c, also=''): # also: what else may be named
     c.add_argument('--model', metavar='FILE',
-                   help='a model.safetensors that `run` wrote (default: the one that comes with the package)')
+                   help=f'a model.safetensors that `run` wrote{also} (default: the one that comes with the package)')
+
+# %% ../nbs/06_cli.ipynb #06250001
+def _option_network(c):
+    c.add_argument('--network', metavar='MODULE:FUNCTION',
+                   help='the function that makes the network, where the model file names one of yours; '
+                        'the module is imported')
 
 # %% ../nbs/06_cli.ipynb #94b4223e
 def _options_of_run(c):
@@ -57,6 +63,9 @@ def _options_of_run(c):
     c.add_argument('--amp', action=argparse.BooleanOptionalAction, help='mixed precision (default: where it pays)')
     c.add_argument('--workers', type=int, default=0,
                    help='processes that prepare batches; the result is the same (default: 0)')
+    c.add_argument('--model', metavar='NAME',
+                   help="network instead of the recipe's: resnet18, resnet9, tiny, torchvision:NAME, timm:NAME, "
+                        "or MODULE:FUNCTION, a function of the number of classes, whose module is imported")
 
 # %% ../nbs/06_cli.ipynb #61f77796
 def _options_of_tests(c):
@@ -64,6 +73,7 @@ def _options_of_tests(c):
     c.add_argument('--dataset', choices=DATASET_NAMES, help='default: the one that the model was trained on')
     c.add_argument('--data', metavar='FOLDER',
                    help='a folder of pictures with the classes of the model, or the one that holds cifar-10-batches-py')
+    _option_network(c)
 
 # %% ../nbs/06_cli.ipynb #99333108
 def _options_of_robustness(c):
@@ -89,7 +99,8 @@ def _options_of_benchmark(c):
 # %% ../nbs/06_cli.ipynb #60e5b78a
 def _options_of_explain(c):
     c.add_argument('images', nargs='+', metavar='IMAGE', help='picture files')
-    _option_model(c)
+    _option_model(c, ", or torchvision:NAME or timm:NAME, with the library's weights")
+    _option_network(c)
     c.add_argument('--out', default='.', help='folder for the PNG files (default: this one)')
     c.add_argument('--method', default='GradCAM', metavar='NAME',
                    help=f"how the map is made: {', '.join(METHOD_NAMES)} (default: GradCAM)")
@@ -115,29 +126,39 @@ def _commands(where): # the module of that name
     from cifar_gradcam import commands
     return commands
 
+# %% ../nbs/06_cli.ipynb #06250003
+def _can_import(network): # what `--model` or `--network` names, or None
+    if network and ':' in network and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+
 # %% ../nbs/06_cli.ipynb #3a3f03d2
 def _run(args):
     if args.recipe is not None: _check_name(args.recipe, RECIPE_NAMES, 'recipe')
     c = _commands(sys.stdout)
+    _can_import(args.model)
     recipe = c.RECIPES[args.recipe] if args.recipe else None
     c.run(args.dataset, recipe, args.set, args.seed, args.folder, args.data, args.holdout, args.tensorboard,
-          args.device, size=args.size, strict=args.strict, amp=args.amp, n_workers=args.workers)
+          args.device, size=args.size, strict=args.strict, network=args.model, amp=args.amp, n_workers=args.workers)
 
 # %% ../nbs/06_cli.ipynb #9cacaece
 def _evaluate(args):
     c = _commands(sys.stderr)
-    c.evaluate_model(args.model or c.PRETRAINED, args.dataset, args.data)
+    _can_import(args.network)
+    c.evaluate_model(args.model or c.PRETRAINED, args.dataset, args.data, network=args.network)
 
 # %% ../nbs/06_cli.ipynb #3975a467
 def _robustness(args):
     c = _commands(sys.stderr)
-    c.robustness_of_model(args.model or c.PRETRAINED, args.dataset, args.data, args.images, args.out)
+    _can_import(args.network)
+    c.robustness_of_model(args.model or c.PRETRAINED, args.dataset, args.data, args.images, args.out,
+                          network=args.network)
 
 # %% ../nbs/06_cli.ipynb #b7343da7
 def _explain(args):
     _check_name(args.method, METHOD_NAMES, 'method')
     c = _commands(sys.stderr)
-    c.explain_images(args.images, args.model or c.PRETRAINED, args.out, args.layer, args.target, args.method)
+    _can_import(args.network)
+    c.explain_images(args.images, args.model or c.PRETRAINED, args.out, args.layer, args.target, args.method,
+                     network=args.network)
 
 # %% ../nbs/06_cli.ipynb #0800be4a
 def _say(text): print(text, flush=True) # at once, in a log too

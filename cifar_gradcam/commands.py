@@ -7,7 +7,7 @@ __all__ = ['versions', 'write_figures', 'change', 'metrics_of', 'run', 'model_an
            'explain_images']
 
 # %% ../nbs/06a_commands.ipynb #9990bcf9
-import json, math, os, platform, re, sys, warnings
+import difflib, json, math, os, platform, re, sys, warnings
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,12 @@ from .folders import Found, folder_data, folder_test, what_lies_in
 from .maps import (OF_NO_CLASS, explain, explain_picture, plot_explanation, plot_mistakes_cam,
                                 plot_mistakes_heatmaps, plot_mistakes_pairs)
 from .methods import METHODS
-from .model import PRETRAINED, load_model, save_model
+from .model import PRETRAINED, load_model, register_network, save_model
+from .networks import SMALL_STEMS
 from .pictures import plain_text, read_image
 from .plots import (plot_accuracy, plot_calibration, plot_class_accuracy, plot_confusion, plot_curves,
                                  plot_mistakes, tensorboard_log)
+from .pretrained import pretrained
 from .report import write_report
 from .training import RECIPES, Recipe, fit, pick_device, process_group, rank_and_world
 from .transforms import gallery
@@ -138,12 +140,20 @@ def _recipe_for(dataset, recipe, settings, seed): # dataset: a `Dataset`; the ot
     recipe = change(recipe or RECIPES[dataset.recipe], settings)
     return recipe if seed is None else replace(recipe, seed=seed)
 
+# %% ../nbs/06a_commands.ipynb #06a50002
+def _with_network(settings, network): # the settings of a recipe, and its network; as in `run`
+    if network is None: return [*settings]
+    library,colon,_ = network.partition(':')
+    if colon and library not in SMALL_STEMS: register_network(network)
+    return [*settings, f'network={network}']
+
 # %% ../nbs/06a_commands.ipynb #b293fc28
 def _folder_for(key, recipe, seed, n_holdout, size=None): # where a run goes if nobody says; key: of `DATASETS`
     sized = '' if size is None else f'-size{size}'
     seeded = '' if seed is None else f'-seed{seed}'
     held_out = f'-holdout{n_holdout}' if n_holdout else ''
-    return Path('runs')/f'{key}-{recipe.name}{sized}{seeded}{held_out}'
+    name = recipe.name.replace(':', '-') # on some systems no name of a folder has a colon
+    return Path('runs')/f'{key}-{name}{sized}{seeded}{held_out}'
 
 # %% ../nbs/06a_commands.ipynb #e5136913
 def _folder(path): # the `Path` of a folder that is there or can be made
@@ -187,10 +197,11 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         device=None, # None: the best there is
         size:int|None=None, # Side of the images, 8..224 pixels; None: as they are, or see `folders.common_size`
         strict:bool=False, # Is a picture in the folder that cannot be read an error? Else it is left out, and named
+        network:str|None=None, # Instead of the recipe's: see `network_called`, or 'package.module:function'
         **kwargs # `amp`, `n_workers`, `save_every`: see `training.Trainer`
        )->dict: # What metrics.json holds
     "Train, evaluate and explain; write model, history, metrics, figures and the report into one folder"
-    device = pick_device(device)
+    device,settings = pick_device(device),_with_network(settings, network)
     if size is not None: check_size(size)
     _check_early(dataset, recipe, settings, seed, folder)
     with process_group(device):
@@ -203,7 +214,7 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         say(line + (f'; {n_holdout:,} of the training images held out to evaluate on' if n_holdout else ''))
         recipe = _recipe_for(known, recipe, settings, seed)
         folder = _folder(folder or _folder_for(key, recipe, seed, n_holdout, size))
-        pflop = recipe.pflop(len(train), len(train.classes))
+        pflop = recipe.pflop(len(train), len(train.classes), train.images.shape[1])
         say(f"recipe '{recipe.name}': {sum(recipe.lengths):g} epochs, {pflop:.3f} PFLOP; everything goes to '{folder}'")
         callback = tensorboard_log(folder/'tensorboard') if tensorboard and not rank else None
         t = fit(recipe, train, test, folder, callback=callback, device=device, **kwargs)
@@ -221,13 +232,22 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
           f"{folder/'report.html'}")
     return metrics
 
+# %% ../nbs/06a_commands.ipynb #06a50005
+def _model_in(path, network): # the `Classifier`; network: 'package.module:function' that the file names, or None
+    if network is not None: register_network(network)
+    classifier = load_model(path)
+    held = classifier.info.network
+    if network not in (None,held): raise ValueError(f"'{path}' holds a network called {held!r}, not {network!r}")
+    return classifier
+
 # %% ../nbs/06a_commands.ipynb #460d2f01
 def model_and_test(path=PRETRAINED, # File that `save_model` wrote
                    dataset:str|None=None, # A key or title of `data.DATASETS`; None: the one that it was trained on
                    root=None, # A folder of pictures, see `folders.folder_test`; or that for data sets, see `data_root`
+                   network:str|None=None, # 'package.module:function' that the file names; imported
                   ): # The model, its `ModelInfo`, and the test set
     "A saved model and the images to test it on. Raises `ValueError` if their classes differ"
-    model,info = load_model(path)
+    model,info = _model_in(path, network)
     lies = what_lies_in(root) if dataset is None and root is not None else root
     if isinstance(lies, Found):
         test,line = folder_test(lies, info.size, info.classes)
@@ -248,9 +268,10 @@ def model_and_test(path=PRETRAINED, # File that `save_model` wrote
 def evaluate_model(path=PRETRAINED, # File that `save_model` wrote
                    dataset:str|None=None, # A key or title of `data.DATASETS`; None: the one that it was trained on
                    root=None, # A folder of pictures, or that for data sets; see `model_and_test`
+                   network:str|None=None, # 'package.module:function' that the file names; imported
                   ): # `Predictions` on the test set
     "Print the accuracy of a model on a test set, class by class"
-    model,info,test = model_and_test(path, dataset, root)
+    model,info,test = model_and_test(path, dataset, root, network)
     p = predictions(model, test, info)
     print(class_table(p))
     right = f'{len(test)-len(p.mistakes):,} of {len(test):,}'
@@ -263,11 +284,12 @@ def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
                         root=None, # A folder of pictures, or that for data sets; see `model_and_test`
                         n_images:int=1000, # The first so many of the test set, at least 1
                         out='.', # Folder for the figure
+                        network:str|None=None, # 'package.module:function' that the file names; imported
                        ): # `Robustness`
     "Print the accuracy of a model under corruptions, and draw it as `robustness.png`"
     if n_images < 1: raise ValueError(f"the number of images must be at least 1, got {n_images}")
     out = _folder(out)
-    model,info,test = model_and_test(path, dataset, root)
+    model,info,test = model_and_test(path, dataset, root, network)
     r = robustness(model, test.subset(slice(n_images)), info)
     fig = plot_robustness(r)
     out.mkdir(parents=True, exist_ok=True)
@@ -288,9 +310,14 @@ def _must_be_readable(files): # raises what is wrong with them
 # %% ../nbs/06a_commands.ipynb #effe54e1
 def _class_number(target, classes): # of a name or a number; None stays None
     if target is None: return None
-    if target in classes: return classes.index(target)
+    numbers = [str(k) for k,name in enumerate(classes) if name == target]
+    if len(numbers) > 1: raise ValueError(f"{len(numbers)} classes are called {target!r}: say {' or '.join(numbers)}")
+    if numbers: return int(numbers[0])
     if str(target).isdecimal() and int(target) < len(classes): return int(target)
-    raise ValueError(f"target must be one of {', '.join(classes)}, or a number in 0..{len(classes)-1}, got {target!r}")
+    named = ', '.join(classes) if len(classes) <= 20 else f"the {len(classes)} classes"
+    close = difflib.get_close_matches(str(target), classes, n=4) if len(classes) > 20 else []
+    hint = f" (names that come close: {', '.join(close)})" if close else ''
+    raise ValueError(f"target must be one of {named}{hint}, or a number in 0..{len(classes)-1}, got {target!r}")
 
 # %% ../nbs/06a_commands.ipynb #d04e74c3
 def _map_files(pictures, out): # for each picture the `Path` that its map goes to
@@ -303,8 +330,8 @@ def _map_files(pictures, out): # for each picture the `Path` that its map goes t
 
 # %% ../nbs/06a_commands.ipynb #4140fd9a
 @plain_text()
-def _save_explanation(path, picture, result, info, name): # name: of the picture
-    fig = plot_explanation(picture, result, info)
+def _save_explanation(path, picture, result, info, name, called): # name: of the file; called: what `picture` is
+    fig = plot_explanation(picture, result, info, called=called)
     says = info.classes[int(result.logits[0].argmax())]
     title = f'{name}: {says} ({info.dataset} model)'
     fig.suptitle(title.encode(errors='backslashreplace').decode(), fontsize=10) # names need not be valid UTF-8
@@ -321,18 +348,27 @@ def _method(classifier, name, layer): # the `CAMMethod`; layer: one name or seve
     chooses = Method.own_layers is not CAMMethod.own_layers
     return Method(classifier, None if chooses else classifier.info.layer)
 
+# %% ../nbs/06a_commands.ipynb #06a50008
+def _classifier(path, network): # the `Classifier`; as in `explain_images`
+    library,colon,_ = str(path).partition(':')
+    if not colon or library not in SMALL_STEMS: return _model_in(path, network)
+    if network is not None:
+        raise ValueError(f"network belongs to a model file that names a function of yours; {path} has its own network")
+    return pretrained(str(path))
+
 # %% ../nbs/06a_commands.ipynb #8e1f851e
 def explain_images(images, # Paths of pictures, or one path
-                   path=PRETRAINED, # File that `save_model` wrote
+                   path=PRETRAINED, # File that `save_model` wrote; or the name of a library's network, see `pretrained`
                    out='.', # Folder for the PNG files
                    layer:str|None=None, # Dotted name, or several with commas; None: the model's, or the method's own
                    target:str|None=None, # Name or number of the class to explain; None: the predicted one
                    method:str='GradCAM', # Name of the method, as in `methods.METHODS`
+                   network:str|None=None, # 'package.module:function' that the file names; imported
                   )->list: # The files that were written
     """Predict and explain pictures; write `<picture>_cam.png` for each.
     If some cannot be read, none is written: raises `FileNotFoundError` or `ValueError`, which names all of them"""
     pictures = [Path(images)] if isinstance(images, (str,Path)) else [*map(Path, images)]
-    out,classifier = _folder(out),load_model(path)
+    out,classifier = _folder(out),_classifier(path, network)
     info = classifier.info
     cam = _method(classifier, method, layer) # a wrong name is found before any work is done
     target = _class_number(target, info.classes)
@@ -341,10 +377,12 @@ def explain_images(images, # Paths of pictures, or one path
     out.mkdir(parents=True, exist_ok=True)
     for f,file in zip(pictures, files):
         picture = read_image(f)
-        r = explain_picture(cam, picture, info, target)
+        seen = classifier.seen(picture)
+        called = 'the picture' if seen is picture else 'what the network sees of it'
+        r = explain_picture(cam, seen, info, target)
         prob = r.logits[0].softmax(0)
         top = ', '.join(f'{info.classes[i]} {100*prob[i]:.1f} %' for i in prob.argsort(descending=True)[:3].tolist())
-        _save_explanation(file, picture, r, info, f.name)
+        _save_explanation(file, seen, r, info, f.name, called)
         notes = [] if r.status[0] == 'ok' else [f'the map is {r.status[0]}']
         if target is not None and method in OF_NO_CLASS:
             notes.append(f'{method} knows no class, so the target changes nothing')

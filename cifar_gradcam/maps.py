@@ -230,12 +230,12 @@ def explain_picture(cam:CAMMethod, # The method, on a model and a layer
                     picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); or (H, W, C) for C channels; of any size
                     info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
                     target=None, # What to explain: None (the predicted class), an int, or a function of the logits
-                    size=32, # What the model is fed: the shorter side, pixels, or (height, width); see `resized`
+                    size=None, # What the model is fed: the shorter side, pixels, or (height, width); None: `info.size`
                    )->CAMResult: # Of one image; its `heatmaps` have the picture's size
     "Explain a picture of any size"
     classifier = as_classifier(cam.model, info)
     info = classifier.info
-    x = classifier.prepare([resized(picture, size, info.channels)])
+    x = classifier.prepare([resized(picture, info.size if size is None else size, info.channels)])
     try: result = cam(x, target)
     except ValueError as e: _say_channels(e, x, info)
     return replace(result, size=picture.shape[:2])
@@ -271,6 +271,7 @@ def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of 
                      result:CAMResult, # Of `explain_picture`
                      info:ModelInfo, # For the names of the classes
                      alpha:float=.4, # Share of the heat map, 0..1
+                     called:str='the picture', # What `picture` is, in words
                      **laid # To `overlay`: `cmap`, `gray`
                     ): # The matplotlib figure
     """The picture, the map laid over it, and the most probable classes.
@@ -293,7 +294,7 @@ def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of 
     for ax,image in ((a,drawn),(b,overlay(drawn, heatmap, alpha, **laid))):
         ax.imshow(image, interpolation=interpolation)
         ax.axis('off')
-    a.set_title(f'the picture, {h:,} pixels high, {w:,} wide', fontsize=9)
+    a.set_title(f'{called}, {h:,} pixels high, {w:,} wide', fontsize=9)
     b.set_title(_titled(result, info), fontsize=9)
     colours = matplotlib.cm.ScalarMappable(cmap=_scale(laid)['cmap'])
     fig.colorbar(colours, cax=scale).set_label("share of the map's maximum", fontsize=8)
@@ -312,7 +313,7 @@ def visualize(cam:CAMMethod, # The method, on a model and a layer
               picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); or (H, W, C) for C channels; of any size
               info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
               target=None, # What to explain: None (the predicted class), an int, or a function of the logits
-              size=32, # What the model is fed: the shorter side, pixels, or (height, width); see `resized`
+              size=None, # What the model is fed: the shorter side, pixels, or (height, width); None: `info.size`
               alpha:float=.4, # Share of the heat map, 0..1
               **laid # To `overlay`: `cmap`, `gray`
              ): # The matplotlib figure

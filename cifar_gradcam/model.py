@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
@@ -155,7 +156,7 @@ def register_network(name:str # 'package.module:function', of a function of the 
     try: found = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if not f'{module}.'.startswith(f'{e.name}.'): raise # it is something that the module needs
-        raise ImportError(f"{name!r}: no module is called {e.name!r}; Python looks in the folders of sys.path") from None
+        raise ImportError(f"{name!r}: no module is called {e.name!r} where Python looks, in sys.path") from None
     make = getattr(found, function, None)
     if not callable(make): raise ValueError(f"{name!r}: the module {module!r} has no function {function!r}")
     NETWORKS[name] = make
@@ -211,6 +212,12 @@ class Classifier(nn.Module):
         tfm = test_transforms(self.info.mean, self.info.std)
         fed = [tfm(image=in_channels(p, self.info.channels))['image'] for p in pictures]
         return input_for(self.network, torch.stack(fed))
+
+    def seen(self,
+             picture:np.ndarray # uint8 (H, W, 3), or grey (H, W)
+            )->np.ndarray: # uint8
+        "The part of a picture that the network sees: all of it. Of a library's network it may be less"
+        return picture
 
 # %% ../nbs/02_model.ipynb #c1a50006
 def as_classifier(model:nn.Module, # A `Classifier`, or a network
@@ -300,7 +307,7 @@ def _check_same(model, twin, info): # both in evaluation mode
                          "and its name into info.network")
 
 # %% ../nbs/02_model.ipynb #00b3f3d4
-def save_model(model:nn.Module, # One that `network_called` makes; wrapped, compiled, averaged or parametrised, if you like
+def save_model(model:nn.Module, # One that `network_called` makes; it may be wrapped, compiled, averaged or parametrised
                path, # File to write, named *.safetensors by custom; an old one is replaced
                info:ModelInfo|None=None, # What has to be known about a bare network; a `Classifier` knows it
                half:bool=False, # Round what is float32 to float16?
