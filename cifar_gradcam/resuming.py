@@ -34,12 +34,15 @@ def run_identity(recipe:dict, # The recipe's settings
 def check_identity(state:dict, # Of a checkpoint
                    ours:dict, # `run_identity` of the run that is to be resumed
                    folder, # Where the checkpoint lies, for the error message
+                   defaults=None, # {name: value} of settings that a checkpoint may lack since it is older than they
                   ):
     "Raises `ValueError` if a checkpoint is another run's"
     kept = state.get('run')
-    if kept == ours: return
     if kept is None or 'recipe' not in kept:
         raise ValueError(f"'{folder}' holds a checkpoint of another program. Choose another folder")
+    came_later = {k: v for k,v in (defaults or {}).items() if k in ours['recipe']}
+    kept = {**kept, 'recipe': {**came_later, **kept['recipe']}}
+    if kept == ours: return
     was,now = [{**run, **run['recipe'], 'recipe': None} for run in (kept, ours)]
     different = [k for k in {**was, **now} if was.get(k) != now.get(k)]
     told = '; '.join(f'{k} was {was.get(k, "not set")}, now {now.get(k, "not set")}' for k in different)
