@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LOSS_SCHEDULES', 'RECIPES', 'Recipe', 'triangular', 'constant', 'onecycle', 'plateau', 'seeded',
-           'new_network', 'fitted', 'amp_dtype', 'parameter_groups', 'optimizers_for', 'History', 'averaged', 'Trainer',
-           'mixture', 'fit', 'Stopped', 'evaluate', 'pick_device', 'predict', 'process_group', 'rank_and_world']
+           'new_network', 'fitted', 'amp_dtype', 'parameter_groups', 'optimizers_for', 'History', 'averaged', 'head_of',
+           'begin_with', 'weights_digest', 'Trainer', 'mixture', 'fit', 'Stopped', 'evaluate', 'pick_device', 'predict',
+           'process_group', 'rank_and_world']
 
 # %% ../nbs/03_training.ipynb #0b9d9de1
 import json, math, signal, time
@@ -27,8 +28,8 @@ from torchvision.transforms import v2
 from .basics import Table, classify, device_of, eval_mode, progress_bar
 from .charts import curves
 from .data import ImageSet, loader
-from .files import Checkpoints, locked, write_atomically
-from .model import ModelInfo, count_flop, network_called
+from .files import Checkpoints, digest, locked, write_atomically
+from .model import Classifier, ModelInfo, count_flop, network_called
 from .muon import Muon, filters_of
 from .prediction import evaluate, loss_and_accuracy, pick_device, predict
 from .processes import from_first, largest, process_group, rank_and_world, summed
@@ -262,6 +263,7 @@ RECIPES = {r.name: r for r in (
            ema=.998, augmentations=('HorizontalFlip','RandomCrop','CoarseDropout'), images=50_000),
     Recipe('shapes', sizes=(16,24,32), epochs=(.85,.3,.13), lr=.03, muon_lr=.2, bias_lr=4., batch_size=64,
            augmentations=(), images=6000),
+    Recipe('finetune', sizes=(32,), epochs=(3,), lr=.02, batch_size=32, label_smoothing=.1, images=500),
 )}
 
 # %% ../nbs/03_training.ipynb #b097c2fa
@@ -380,6 +382,49 @@ def averaged(network:nn.Module, # What is trained
         get_ema_multi_avg_fn(min(decay, (1+int(n))/(10+int(n))))(old, new, n)
     return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
+# %% ../nbs/03_training.ipynb #2dfbef8e
+def head_of(make, # One of the functions in `NETWORKS`
+            n_classes:int, # Number of classes
+            size:int=32, # Side of the images, pixels
+           )->set: # Names in the network's `state_dict`
+    "The tensors whose shape depends on the number of classes"
+    one,two = (new_network(make, n, size).state_dict() for n in (n_classes, n_classes+1))
+    return {name for name in one if one[name].shape != two[name].shape}
+
+# %% ../nbs/03_training.ipynb #45f84947
+def begin_with(network:nn.Module, # Not trained yet, changed in place
+               make, # The function in `NETWORKS` that made it
+               classes, # Names of its classes, a sequence
+               trained:Classifier, # What it begins with
+               size:int=32, # Side of the images, pixels
+              )->nn.Module: # The network
+    """Give a network the weights of a trained one; where the classes differ, it keeps its own head.
+    Raises `ValueError` if the two are built differently"""
+    state = trained.network.state_dict()
+    if tuple(classes) != trained.info.classes:
+        head = head_of(make, len(classes), size)
+        state = {name: v for name,v in state.items() if name not in head}
+        state |= {name: v for name,v in network.state_dict().items() if name in head}
+    try: network.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"the weights to begin with, those of a {trained.info.network}, do not fit the network that "
+                         f"is to be trained: {str(e).splitlines()[1].strip()}") from e
+    return network
+
+# %% ../nbs/03_training.ipynb #8210876d
+def _normalisation(train, init): # mean and standard deviation of each channel
+    if init is None: return [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]
+    if init.info.channels != 3:
+        raise ValueError(f"the images have 3 channels, and the network to begin with takes {init.info.channels}")
+    return init.info.mean,init.info.std
+
+# %% ../nbs/03_training.ipynb #d89e47f8
+def weights_digest(trained:Classifier # What a run begins with
+                  )->str: # SHA-256, hexadecimal
+    "A fingerprint of all that decides how a run goes on from there: weights, classes and normalisation"
+    about = json.dumps([trained.info.classes, trained.info.mean, trained.info.std])
+    return digest({name: v.cpu() for name,v in trained.network.state_dict().items()}, about)
+
 # %% ../nbs/03_training.ipynb #ebc725fb
 class Trainer:
     "A run: a recipe, its data, and how far it has come"
@@ -392,7 +437,8 @@ class Trainer:
                  amp:bool|None=None, # Mixed precision? None: where it pays, see `amp_dtype`
                  n_workers:int=0, # Processes that prepare batches; the result is the same
                  save_every:float=60., # Seconds between checkpoints within a stage
-                 callback=None): # Called with the `History` after each stage and each checkpoint, e.g. to draw it
+                 callback=None, # Called with the `History` after each stage and each checkpoint, e.g. to draw it
+                 init:Classifier|None=None): # Trained weights to begin with; None: the recipe's seed decides them
         self.recipe,self.train,self.test = recipe,train,test
         self.n_workers,self.save_every,self.callback = n_workers,save_every,callback
         self.rank,self.world = rank_and_world()
@@ -404,9 +450,11 @@ class Trainer:
         self.dtype = None if amp is False else amp_dtype(self.device) or (torch.bfloat16 if amp else None)
         self.ends = recipe.ends(len(train)) # of the stages, in steps
         self.side = train.images.shape[1] # of the images, pixels, before they are shrunk
-        self.mean,self.std = [tuple(round(v,4) for v in s) for s in channel_stats(train.images)]
-        make = network_called(recipe.network, train.images.shape[1])
+        self.mean,self.std = _normalisation(train, init)
+        make = network_called(recipe.network, self.side)
         net = new_network(make, len(train.classes), recipe.sizes, recipe.seed)
+        if init is not None: begin_with(net, make, train.classes, init, recipe.sizes[0])
+        self.init = None if init is None else weights_digest(init) # of what it begins with
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.average = averaged(self.net, recipe.ema) if recipe.ema else None
         self.parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
@@ -644,6 +692,7 @@ def save(self:Trainer):
 @patch
 def _identity(self:Trainer)->dict:
     own = {} if type(self) is Trainer else dict(trainer=type(self).__name__) # that may change what a step does
+    if self.init: own['init'] = self.init
     settings = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe) if f.compare}
     return run_identity(settings, self.train, precision=self.history.precision, processes=self.world, **own)
 
@@ -683,7 +732,7 @@ def fit(recipe:Recipe, # How to train
         folder=None, # Where to keep checkpoints and history; a run found there resumes where it stopped
         verbose:bool=True, # Print a line for each stage?
         trainer:type=Trainer, # `Trainer`, or a class made from it whose steps do something else
-        **kwargs # `callback`, `device`, `amp`, `n_workers`, `save_every`: see `Trainer`
+        **kwargs # `callback`, `device`, `amp`, `n_workers`, `save_every`, `init`: see `Trainer`
        )->Trainer: # With `model`, `history` and `info`
     "Train by a recipe, from the beginning or from where the run in `folder` stopped"
     t = trainer(recipe, train, test, folder, **kwargs)
