@@ -263,6 +263,8 @@ RECIPES = {r.name: r for r in (
            ema=.998, augmentations=('HorizontalFlip','RandomCrop','CoarseDropout'), images=50_000),
     Recipe('shapes', sizes=(16,24,32), epochs=(.85,.3,.13), lr=.03, muon_lr=.2, bias_lr=4., batch_size=64,
            augmentations=(), images=6000),
+    Recipe('onecycle', sizes=(32,)*24, lr=.4, schedule='onecycle', warmup=5/24, batch_size=512, network='resnet9',
+           augmentations=('RandomCrop','HorizontalFlip','CoarseDropout'), images=50_000),
     Recipe('finetune', sizes=(32,), epochs=(3,), lr=.02, batch_size=32, label_smoothing=.1, images=500),
 )}
 
