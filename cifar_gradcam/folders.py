@@ -169,7 +169,6 @@ def _parts(root): # `Found` where there are a training part and classes in it; e
     notes += [f"'{other}' has no folders of these classes, so it is not used" for other in without]
     others += [f.name for f in to_test if f.name not in (name, *without)]
     if others: notes.append(f"not used: {_some(others)}")
-    if test and (missing := [k for k,v in test.items() if not v]): notes.append(f"no test picture of {_some(missing)}")
     words = _in_words(root, train)
     train,test = ({words[k]: v for k,v in part.items()} if part else None for part in (train,test))
     return Found(Path(root), train, test, layout, tuple(notes))
@@ -285,8 +284,8 @@ def _npy(n, size, images): # numpy's format of uint8 (n, size, size, 3), in piec
 def _check_room(folder, n_bytes):
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
-        raise OSError(errno.ENOSPC, f"the pictures take {n_bytes/1e9:.1f} GB when they are read, and '{folder}' has "
-                                    f"{free/1e9:.1f} GB left: make room, choose a smaller size, or let XDG_CACHE_HOME "
+        raise OSError(errno.ENOSPC, f"the pictures take {n_bytes/1e6:,.0f} MB when they are read, and '{folder}' has "
+                                    f"{free/1e6:,.0f} MB left: make room, choose a smaller size, or let XDG_CACHE_HOME "
                                     "name a folder on another disk")
 
 # %% ../nbs/00e_folders.ipynb #075c295e
@@ -378,10 +377,8 @@ def _divided(found, seed): # `Found` with a test part
     if not any(test.values()):
         raise ValueError(f"none of the {len(train)} classes in '{found.folder}' has two pictures, so there is none "
                          "to test on")
-    alone = [name for name,files in test.items() if not files]
-    notes = (f"no test picture of {_some(alone)}",) if alone else ()
     layout = f'{found.layout}, no test part: a fifth of each class held out (seed {seed})'
-    return replace(found, train=train, test=test, layout=layout, notes=found.notes+notes)
+    return replace(found, train=train, test=test, layout=layout)
 
 # %% ../nbs/00e_folders.ipynb #53ce8a18
 def _name_of(found): # what the data set is called
@@ -390,15 +387,15 @@ def _name_of(found): # what the data set is called
     return f'{name} (folder)' if name in taken else name # a model file names its data set
 
 # %% ../nbs/00e_folders.ipynb #b0c73957
-def _check_read(part, labels, unreadable, strict): # part: {class: files}
+def _check_read(split, part, labels, unreadable, strict): # part: {class: files}
     if strict and unreadable:
         raise ValueError(f"{len(unreadable)} of {len(labels):,} pictures cannot be read: "
                          f"{_some(unreadable.values())}")
     left = np.bincount(np.delete(labels, list(unreadable)), minlength=len(part))
-    for (name,files),n in zip(part.items(), left):
-        if files and not n:
-            why = next(why for k,why in unreadable.items() if labels[k] == list(part).index(name))
-            raise ValueError(f"no picture of {name!r} can be read: {why}")
+    for k in np.flatnonzero(left == 0) if split == 'train' else ():
+        why = next(why for file,why in unreadable.items() if labels[file] == k)
+        raise ValueError(f"no picture of {list(part)[k]!r} can be read: {why}")
+    if not left.any(): raise ValueError(f"no picture of the {split} part can be read: {_some(unreadable.values())}")
 
 # %% ../nbs/00e_folders.ipynb #53f40a9b
 _ARCHIVES = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
@@ -426,15 +423,17 @@ def _part(found, split, size, strict, cache): # an `ImageSet`, and why some pict
     part = getattr(found, split)
     files,labels = _in_order(part, found.folder)
     read = read_squares(files, size, found.folder, split, cache)
-    _check_read(part, labels, read.unreadable, strict)
+    _check_read(split, part, labels, read.unreadable, strict)
     labels = np.delete(labels, list(read.unreadable))
     return ImageSet(_name_of(found), split, read.images, labels, found.classes), [*read.unreadable.values()]
 
 # %% ../nbs/00e_folders.ipynb #1f2dda62
-def _said(found, counts, data, wrong): # one line; counts: how many images, in words; wrong: why some cannot be read
+def _said(found, counts, data, wrong): # one line; counts: how many images, in words; data: to test on; wrong: why
     side = data.images.shape[1]
     parts = [f"data: {data.name!r}, {len(data.classes)} classes in {found.layout}",
              f'{counts} images of {side} x {side}', *found.notes]
+    untested = np.flatnonzero(np.bincount(data.labels, minlength=len(data.classes)) == 0)
+    if len(untested): parts.append(f"no test picture of {_some(data.classes[k] for k in untested)}")
     if wrong: parts.append(f"{len(wrong)} picture{'s'*(len(wrong) > 1)} left out: {_some(wrong)}")
     return '; '.join(parts)
 
@@ -482,7 +481,8 @@ def folder_test(root, # Folder of pictures, or what `look` found in it
                          f"{_name_of(found)} has {', '.join(found.classes)}")
     test,wrong = _part(found, 'test', size, False, cache)
     labels = np.array([classes.index(name) for name in found.classes], np.int64)[test.labels]
-    return replace(test, labels=labels, classes=tuple(classes)), _said(found, f'{len(test):,} test', test, wrong)
+    line = _said(found, f'{len(test):,} test', test, wrong)
+    return replace(test, labels=labels, classes=tuple(classes)), line
 
 # %% ../nbs/00e_folders.ipynb #da249707
 def what_lies_in(root # A folder
