@@ -121,6 +121,16 @@ def _options_of_explain(c):
                         "(default: the model's last with a map, or those that the method takes of itself)")
     c.add_argument('--target', help='class to explain, by name or number (default: the predicted one)')
 
+# %% ../nbs/06_cli.ipynb #7be88707
+def _options_of_export(c):
+    c.add_argument('out', metavar='OUT', help='file to write, named *.onnx by custom')
+    _options_of_tests(c)
+    c.add_argument('--layer', metavar='NAME',
+                   help="dotted name of the layer whose maps are computed (default: the model's last with a map)")
+    c.add_argument('--int8', action='store_true',
+                   help='convolutions in 8 bits, calibrated with training images; a quarter of the size; the accuracy '
+                        'is printed beside that in 32 bits')
+
 # %% ../nbs/06_cli.ipynb #2e14688b
 def _process_number(): return int(os.environ.get('RANK', 0)) # of many that train together, 0 speaks
 
@@ -183,6 +193,13 @@ def _explain(args):
     c.explain_images(args.images, args.model or c.PRETRAINED, args.out, args.layer, args.target, args.method,
                      network=args.network)
 
+# %% ../nbs/06_cli.ipynb #dc54db46
+def _export(args):
+    if (args.dataset or args.data) and not args.int8:
+        raise ValueError('--dataset and --data belong to --int8, which is not asked for')
+    c = _commands(sys.stderr)
+    c.export_model(args.model or c.PRETRAINED, args.out, args.layer, args.int8, args.dataset, args.data)
+
 # %% ../nbs/06_cli.ipynb #0800be4a
 def _say(text): print(text, flush=True) # at once, in a log too
 
@@ -241,6 +258,8 @@ def _parser():
             'Images a second in training compared with a plain loop, and the share of the data pipeline; '
             'or what Grad-CAM costs.')
     command('explain', _explain, _options_of_explain, 'What a model sees in pictures of any size, and where.')
+    command('export', _export, _options_of_export,
+            'A model and the maps of every class as an ONNX file, for onnxruntime and others, without torch.')
     command('docs', _docs, lambda c: None,
             'For those who work on this project: bring README.md and links in line with the notebooks and '
             'settings.ini, build the web site of the docs, and check links, pages and English.')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['versions', 'write_figures', 'change', 'metrics_of', 'run', 'suggest_lr', 'model_and_test', 'evaluate_model',
-           'robustness_of_model', 'explain_images']
+           'robustness_of_model', 'export_model', 'explain_images']
 
 # %% ../nbs/06a_commands.ipynb #9990bcf9
 import difflib, json, math, os, platform, re, sys
@@ -351,6 +351,37 @@ def robustness_of_model(path=PRETRAINED, # File that `save_model` wrote
     save_figure(fig, out/'robustness.png')
     print(f"{r}\n-> {out/'robustness.png'}")
     return r
+
+# %% ../nbs/06a_commands.ipynb #2043da4c
+def _spread(data, n=256): # images from all over the data set: uint8 (at most n, H, W, 3)
+    step = -(-len(data)//n) # rounded up
+    return data.images[::step]
+
+# %% ../nbs/06a_commands.ipynb #6d438429
+def export_model(path=PRETRAINED, # File that `save_model` wrote
+                 out='model.onnx', # File to write
+                 layer:str|None=None, # Dotted name; None: the model's, or else the last with a map
+                 int8:bool=False, # Convolutions in 8 bits, calibrated with training images?
+                 dataset:str|None=None, # For `int8`, a key or title of `data.DATASETS`; None: what it was trained on
+                 root=None, # Folder for data sets; see `data_root`
+                ): # The file, an `onnx_export.ONNXModel`
+    """Write a model and the maps of every class as an ONNX file.
+    With `int8` its accuracy on the test images is printed beside that in 32 bits"""
+    from cifar_gradcam.onnx_export import export_onnx
+    calibration = None
+    if int8:
+        model,info,test = model_and_test(path, dataset, root)
+        calibration = _spread(dataset_called(dataset or info.dataset)[1].images('train', root))
+        print(f'calibrating with {len(calibration)} training images ...', flush=True)
+    else: model,info = load_model(path)
+    net = export_onnx(model, out, info, layer, calibration)
+    n,pixels = len(net.classes),', '.join(map(str, net.session.get_inputs()[0].shape[1:]))
+    print(f"'{out}', {Path(out).stat().st_size/1e6:.1f} MB: uint8 pictures (N, {pixels}) go in; logits (N, {n}) "
+          f"and the maps of layer {net.about['layer']!r}, (N, {n}, h, w), come out", flush=True)
+    if int8:
+        in_32,in_8 = predictions(model, test, info),Predictions(test, net.predict(test.images))
+        print(f'{test.name} {test.split}: accuracy {in_32.accuracy:.2f} % in 32 bits, {in_8.accuracy:.2f} % in 8')
+    return net
 
 # %% ../nbs/06a_commands.ipynb #c4da0ccd
 def _must_be_readable(files): # raises what is wrong with them
