@@ -376,7 +376,7 @@ def export_model(path=PRETRAINED, # File that `save_model` wrote
     else: model,info = load_model(path)
     net = export_onnx(model, out, info, layer, calibration)
     n,pixels = len(net.classes),', '.join(map(str, net.session.get_inputs()[0].shape[1:]))
-    print(f"'{out}', {Path(out).stat().st_size/1e6:.1f} MB: uint8 pictures (N, {pixels}) go in; logits (N, {n}) "
+    print(f"'{out}', {Path(out).stat().st_size/1e6:.3g} MB: uint8 pictures (N, {pixels}) go in; logits (N, {n}) "
           f"and the maps of layer {net.about['layer']!r}, (N, {n}, h, w), come out", flush=True)
     if int8:
         in_32,in_8 = predictions(model, test, info),Predictions(test, net.predict(test.images))
