@@ -209,10 +209,14 @@ def _in_8_bits(data, pictures): # bytes of an ONNX file with convolutions in 8 b
     add_pre_process_metadata(model) # torch's exporter has folded and sized all, so there is nothing to warn of
     kinds = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)/'int8.onnx'
-        quantization.quantize_static(model, out, _Batches(pictures), per_channel=True, reduce_range=True,
-                                     activation_type=kinds.QUInt8, weight_type=kinds.QInt8,
-                                     nodes_to_exclude=_behind_the_maps(model.graph))
+        plain,out = (Path(folder)/name for name in ('float32.onnx','int8.onnx'))
+        plain.write_bytes(model.SerializeToString()) # onnxruntime 1.20 fails for a model that is in no file
+        try: quantization.quantize_static(plain, out, _Batches(pictures), per_channel=True, reduce_range=True,
+                                          activation_type=kinds.QUInt8, weight_type=kinds.QInt8,
+                                          nodes_to_exclude=_behind_the_maps(model.graph))
+        except Exception as e: # onnxruntime's have no class in common
+            said = str(e).strip().splitlines()[0]
+            raise ValueError(f"onnxruntime can't calibrate this network with pictures {pictures.shape}: {said}") from e
         return out.read_bytes()
 
 # %% ../nbs/04j_onnx.ipynb #d7247dd4
