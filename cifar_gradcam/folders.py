@@ -230,10 +230,10 @@ def held_out(files, # Of one class
 def square(picture:np.ndarray, # uint8 (H, W, 3)
            size:int, # Side of what comes out, pixels
           )->np.ndarray: # uint8 (size, size, 3)
-    "The middle of a picture, its shorter side brought to `size`"
-    small = resized(picture, size)
-    top,left = ((long-size)//2 for long in small.shape[:2])
-    return small[top:top+size, left:left+size]
+    "The middle square of a picture, brought to `size`"
+    side = min(picture.shape[:2])
+    top,left = ((length-side)//2 for length in picture.shape[:2])
+    return resized(picture[top:top+side, left:left+side], (size,size))
 
 # %% ../nbs/00e_folders.ipynb #34829fca
 def _shorter_side(file): # pixels; None where it cannot be told
