@@ -134,6 +134,12 @@ def _of_timm(name, n_classes, size): # the network
 def _first_line(e): # of an error, for a message
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
+# %% ../nbs/02e_networks.ipynb #02e00042
+def _follow(network): # its batch norms, what they see; changes the network
+    for m in network.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None: m.momentum = max(m.momentum, .1)
+    return network
+
 # %% ../nbs/02e_networks.ipynb #02e00033
 @dataclass(frozen=True)
 class LibraryNetwork:
@@ -153,7 +159,7 @@ class LibraryNetwork:
         if n_classes < 1: raise ValueError(f"n_classes must be at least 1, got {n_classes}")
         make = _of_timm if self.library == 'timm' else _of_torchvision
         try:
-            network = make(self.name, n_classes, self.size)
+            network = _follow(make(self.name, n_classes, self.size))
             small = self.size <= SMALL and type(network).__name__ in SMALL_STEMS[self.library]
             return keep_pixels(network) if small else network
         except ImportError: raise
