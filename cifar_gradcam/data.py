@@ -290,7 +290,7 @@ class Dataset:
                split:str, # 'train' or 'test'
                root=None, # Folder for data sets; see `data_root`
               )->ImageSet:
-        "One part of it. Raises `ValueError` if its images are called something else, are not square, or have a wrong size"
+        "One part of it. Raises `ValueError` if its images have another name, or are not square, of a size in `SIDES`"
         data = self.load(split, root)
         if data.name != self.title:
             raise ValueError(f"the function that loads {self.title!r} calls its images {data.name!r}; "

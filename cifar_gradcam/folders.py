@@ -177,8 +177,10 @@ def _parts(root): # `Found` where there are a training part and classes in it; e
 def _check_no_parts(root, names): # raises if these folders are no classes but parts, in which nothing is labelled
     if not {name.lower() for name in names} <= {*_TRAIN, *_TEST}: return
     flat = [name for name in names if name.lower() in _TRAIN]
-    if not flat: raise ValueError(f"there are pictures to test on in '{root}', in {_some(names)}, and none to train on: "
-                                  f"put these into '{Path(root)/'train'}', {_layout_wanted(Path(root)/'train')}")
+    train_folder = Path(root)/'train'
+    if not flat:
+        raise ValueError(f"there are pictures to test on in '{root}', in {_some(names)}, and none to train on: "
+                         f"put these into '{train_folder}', {_layout_wanted(train_folder)}")
     raise ValueError(f"the pictures lie directly in '{Path(root)/flat[0]}', and nothing says what they show: put those "
                      f"of each class into a folder of its own, {_layout_wanted(Path(root)/flat[0])}")
 
@@ -405,8 +407,9 @@ def _packed(root): # names of the archives in a folder
 
 # %% ../nbs/00e_folders.ipynb #0c677d1e
 def _no_pictures(root): # the error that says so
-    if packed := _packed(root): return ValueError(f"there is no picture in '{root}', but {_some(packed)}: unpack it first")
-    return ValueError(f"there is no picture in '{root}'; a data set has a folder for each class, {_layout_wanted(root)}")
+    none = f"there is no picture in '{root}'"
+    if packed := _packed(root): return ValueError(f"{none}, but {_some(packed)}: unpack it first")
+    return ValueError(f"{none}; a data set has a folder for each class, {_layout_wanted(root)}")
 
 # %% ../nbs/00e_folders.ipynb #b11800f4
 def picture_folder(root # As the user names it

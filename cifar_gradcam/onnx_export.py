@@ -156,7 +156,8 @@ def _tried(module, classifier, layer, size): # bytes of an ONNX file that says t
         try:
             data = _traced(module, _random_pictures(2, size, size, channels), takes_others)
             off = _deviation(data, module, square + others*takes_others)
-        except Exception as e: failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}" # of torch or onnxruntime
+        except Exception as e: # of torch or onnxruntime
+            failed = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         else:
             if off <= 1e-4: return data
             failed = f"its numbers are off by {off:.1g} of the largest"
