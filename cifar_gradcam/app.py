@@ -376,6 +376,7 @@ _CSS = """
 .maps { --least: 11rem }
 .maps .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)) }
 .bars * { font-family: inherit }
+@media (max-width: 640px) { .gradio-container > .main { padding: .75rem } }
 """
 
 # %% ../nbs/06b_app.ipynb #a99b0090
@@ -410,7 +411,7 @@ def _picture_tab(self:App, gr, page): # the components that others refer to
         with gr.Column(scale=7, min_width=280), gr.Tabs():
             with gr.Tab('What it sees'): self._explain_tab(gr, c)
             if several:
-                with gr.Tab('One class rather than another'): self._contrast_tab(gr, c)
+                with gr.Tab('Two classes'): self._contrast_tab(gr, c)
     with gr.Accordion('How the map is made'), gr.Row():
         c.opacity = gr.Slider(0, 1, .4, step=.05, label='Opacity of the map')
         c.layer = gr.Dropdown(self.layers, value=self.layer, label='Layer')
@@ -516,8 +517,8 @@ def launch(self:App,
     gr = _gradio()
     theme = gr.themes.Default(primary_hue='blue', neutral_hue='slate', font=_FONT, font_mono='monospace')
     page = self.page()
-    page.launch(theme=theme, css=_CSS, head=_HEAD, quiet=True, ssr_mode=False, max_file_size='100mb',
-                footer_links=['api','gradio'], **options)
+    page.launch(theme=theme, css=_CSS, head=_HEAD, ssr_mode=False, max_file_size='100mb', footer_links=['api','gradio'],
+                **options)
     return page
 
 # %% ../nbs/06b_app.ipynb #a99b00b1
@@ -549,7 +550,7 @@ def serve(path=None, # File that `save_model` wrote; None: the one that comes wi
     "Serve the app of a model until Ctrl-C"
     _gradio() # a missing extra is told before anything is loaded
     app = app_of(path, root)
-    try: page = app.launch(server_port=port, prevent_thread_lock=True)
+    try: page = app.launch(server_port=port, prevent_thread_lock=True, quiet=True)
     except OSError as e:
         if port is None: raise
         raise OSError(f"port {port} cannot be used, it may be taken; without a port the first free one is") from e
