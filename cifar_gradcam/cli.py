@@ -124,6 +124,7 @@ def _options_of_explain(c):
 # %% ../nbs/06_cli.ipynb #a99c0002
 def _options_of_page(c):
     _option_model(c)
+    _option_network(c)
     c.add_argument('--data', metavar='FOLDER',
                    help="folder of the model's test images, or that holds its data set, for its mistakes (default: a "
                         'hundred images for the model that comes with the package, else its data set if it is at hand)')
@@ -213,21 +214,25 @@ def _explain(args):
 # %% ../nbs/06_cli.ipynb #a99c0006
 def _app(args):
     _commands(sys.stderr)
+    _can_import(args.network)
     from cifar_gradcam.app import serve
-    serve(args.model, args.data, args.port)
+    serve(args.model, args.data, args.port, args.network)
 
 # %% ../nbs/06_cli.ipynb #a99c0007
 def _space(args):
     _commands(sys.stderr)
+    _can_import(args.network)
     from cifar_gradcam.app import write_space
-    write_space(args.folder, args.model, args.data)
+    write_space(args.folder, args.model, args.data, args.network)
 
 # %% ../nbs/06_cli.ipynb #dc54db46
 def _export(args):
     if (args.dataset or args.data) and not args.int8:
         raise ValueError('--dataset and --data belong to --int8, which is not asked for')
     c = _commands(sys.stderr)
-    c.export_model(args.model or c.PRETRAINED, args.out, args.layer, args.int8, args.dataset, args.data)
+    _can_import(args.network)
+    c.export_model(args.model or c.PRETRAINED, args.out, args.layer, args.int8, args.dataset, args.data,
+                   network=args.network)
 
 # %% ../nbs/06_cli.ipynb #0800be4a
 def _say(text): print(text, flush=True) # at once, in a log too

@@ -357,23 +357,30 @@ def _spread(data, n=256): # images from all over the data set: uint8 (at most n,
     step = -(-len(data)//n) # rounded up
     return data.images[::step]
 
+# %% ../nbs/06a_commands.ipynb #7ea1e9b0
+def _training_images(info, dataset, root): # `ImageSet`; as in `model_and_test`
+    lies = what_lies_in(root) if dataset is None and root is not None else root
+    if isinstance(lies, Found): return folder_data(lies, info.size)[0]
+    return at_size(dataset_called(dataset or info.dataset)[1].images('train', lies), info.size)
+
 # %% ../nbs/06a_commands.ipynb #6d438429
 def export_model(path=PRETRAINED, # File that `save_model` wrote
                  out='model.onnx', # File to write
                  layer:str|None=None, # Dotted name; None: the model's, or else the last with a map
                  int8:bool=False, # Convolutions in 8 bits, calibrated with training images?
                  dataset:str|None=None, # For `int8`, a key or title of `data.DATASETS`; None: what it was trained on
-                 root=None, # Folder for data sets; see `data_root`
+                 root=None, # A folder of pictures, or that for data sets; see `model_and_test`
+                 network:str|None=None, # 'package.module:function' that the file names; imported
                 ): # The file, an `onnx_export.ONNXModel`
     """Write a model and the maps of every class as an ONNX file.
     With `int8` its accuracy on the test images is printed beside that in 32 bits"""
     from cifar_gradcam.onnx_export import export_onnx
     calibration = None
     if int8:
-        model,info,test = model_and_test(path, dataset, root)
-        calibration = _spread(dataset_called(dataset or info.dataset)[1].images('train', root))
+        model,info,test = model_and_test(path, dataset, root, network)
+        calibration = _spread(_training_images(info, dataset, root))
         print(f'calibrating with {len(calibration)} training images ...', flush=True)
-    else: model,info = load_model(path)
+    else: model,info = _model_in(path, network)
     net = export_onnx(model, out, info, layer, calibration)
     n,pixels = len(net.classes),', '.join(map(str, net.session.get_inputs()[0].shape[1:]))
     print(f"'{out}', {Path(out).stat().st_size/1e6:.3g} MB: uint8 pictures (N, {pixels}) go in; logits (N, {n}) "
