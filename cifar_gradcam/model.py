@@ -9,6 +9,7 @@ __all__ = ['NETWORKS', 'PRETRAINED', 'resnet18', 'tiny', 'count_flop', 'LayerInf
 # %% ../nbs/02_model.ipynb #ec453746
 import importlib, json
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -64,6 +66,15 @@ def tiny(n_classes:int=10 # Number of classes, at least 1
     head = dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(64, n_classes))
     return nn.Sequential(OrderedDict(stages | head))
 
+# %% ../nbs/02_model.ipynb #02a50010
+@contextmanager
+def _counted(): # gives the counter of the operations in the block
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: yield counter
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
+
 # %% ../nbs/02_model.ipynb #67280baf
 def count_flop(model:nn.Module, # Any model that takes images
                size:int=32, # Side of the image, pixels
@@ -73,7 +84,7 @@ def count_flop(model:nn.Module, # Any model that takes images
     x = input_for(model, torch.zeros(1, 3, size, size))
     trained = [p for p in model.parameters() if p.requires_grad]
     # eval mode: one image is too few for the statistics of a batch norm in training
-    with eval_mode(model), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+    with eval_mode(model), _counted() as counter, torch.set_grad_enabled(backward):
         out = model(x)
         if backward and trained: # by grad(), which unlike backward() leaves every .grad alone
             torch.autograd.grad(out.sum(), trained)
@@ -112,7 +123,7 @@ def summary(model:nn.Module, # Any model that takes images
            )->Summary:
     "The layers of `model` that do the work: name, kind, output, parameters, GFLOP"
     names = {m: name for name,m in model.named_modules() if name and not list(m.children())}
-    layers,started,counter = [],[],FlopCounterMode(display=False)
+    layers,started = [],[]
     def before(m, args): started.append(counter.get_total_flops())
     def after(m, args, out):
         flop = counter.get_total_flops()-started.pop()
@@ -121,7 +132,7 @@ def summary(model:nn.Module, # Any model that takes images
     image = input_for(model, torch.zeros(1, 3, size, size))
     handles = [h for m in names for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     try:
-        with eval_mode(model), counter, torch.no_grad(): model(image)
+        with eval_mode(model), _counted() as counter, torch.no_grad(): model(image)
     finally:
         for h in handles: h.remove()
     return Summary(tuple(layers), sum(p.numel() for p in model.parameters()), counter.get_total_flops()/1e9)
