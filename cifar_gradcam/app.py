@@ -7,7 +7,7 @@ __all__ = ['SPRITE', 'SHOWN', 'GRADIO', 'right_ones', 'chosen', 'save_sprite', '
            'serve', 'write_space']
 
 # %% ../nbs/06b_app.ipynb #a99b0005
-import hashlib, html, importlib.metadata, inspect, json, shutil, threading
+import hashlib, html, importlib.metadata, importlib.util, inspect, json, shutil, threading
 from dataclasses import replace
 from functools import wraps
 from importlib.resources import files
@@ -26,7 +26,7 @@ from .explorer import stages
 from .files import write_atomically
 from .maps import OF_NO_CLASS, explain_picture
 from .methods import METHODS
-from .model import PRETRAINED, Classifier, load_model
+from .model import PRETRAINED, Classifier, load_model, register_network
 from .pictures import read_image, resized
 from .result import CAMResult, colorize, overlay
 from .targets import contrast as rather_than
@@ -533,10 +533,12 @@ def _at_hand(info): # are the test images of its data set there, without a downl
 # %% ../nbs/06b_app.ipynb #a99b00b3
 def app_of(path=None, # File that `save_model` wrote; None: the one that comes with the package
            root=None, # Folder with its test images, or that for data sets; None: see above
+           network:str|None=None, # 'package.module:function' that the file names; imported
           )->App:
     "The app of a model file"
     if path is None and root is None: return App()
     path = path or PRETRAINED
+    if network is not None: register_network(network)
     classifier = load_model(path)
     if root is None and not _at_hand(classifier.info): return App(classifier)
     from cifar_gradcam.commands import model_and_test # here, for it imports all that the course needs
@@ -546,10 +548,11 @@ def app_of(path=None, # File that `save_model` wrote; None: the one that comes w
 def serve(path=None, # File that `save_model` wrote; None: the one that comes with the package
           root=None, # Folder with its test images, or that for data sets; see `app_of`
           port:int|None=None, # Of this machine; None: the first that is free, from 7860 on
+          network:str|None=None, # 'package.module:function' that the file names; imported
          ):
     "Serve the app of a model until Ctrl-C"
     _gradio() # a missing extra is told before anything is loaded
-    app = app_of(path, root)
+    app = app_of(path, root, network)
     try: page = app.launch(server_port=port, prevent_thread_lock=True, quiet=True)
     except OSError as e:
         if port is None: raise
@@ -564,15 +567,20 @@ GRADIO = '6.31.0' # The version that a Space is told to use: that which the app 
 
 _NEEDED = ('torch>=2.6','torchvision>=0.21','albumentations==2.0.8','opencv-python-headless>=4.9.0.80','numpy>=1.26.4',
            'pillow>=10.3','matplotlib>=3.8.4','fastcore>=1.13.9','safetensors>=0.4.3','filelock>=3.12',
-           'tqdm>=4.66','gradio>=6')
+           'tqdm>=4.66','wcwidth>=0.2.13','gradio>=6')
+_TIMM = 'timm>=1.0.10' # for networks that are called `timm:NAME`
 _CPU = '--extra-index-url https://download.pytorch.org/whl/cpu'
 
 # %% ../nbs/06b_app.ipynb #a99b00c5
 _APP = """# Written by `cifar-gradcam space`
 from cifar_gradcam.app import App
-
+{register}
 App('model.safetensors'{examples}).launch()
 """
+
+_REGISTER = """from cifar_gradcam.model import register_network
+
+register_network('{network}')"""
 
 # %% ../nbs/06b_app.ipynb #a99b00c6
 _README = """---
@@ -631,6 +639,14 @@ def _copy_source(folder): # the package, without what belongs to the model that 
     shutil.rmtree(folder/'cifar_gradcam', ignore_errors=True)
     shutil.copytree(source, folder/'cifar_gradcam', ignore=left_out)
 
+# %% ../nbs/06b_app.ipynb #a99b1001
+def _copy_module(name, folder): # a module or a package that can be imported
+    found = importlib.util.find_spec(name)
+    if found.submodule_search_locations:
+        left_out = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(found.submodule_search_locations[0], folder/name, dirs_exist_ok=True, ignore=left_out)
+    else: shutil.copyfile(found.origin, folder/f'{name}.py')
+
 # %% ../nbs/06b_app.ipynb #a99b00cd
 def _copy_examples(app, folder): # what the README says of them; '' where there are none
     picture = folder/'examples.png'
@@ -645,19 +661,23 @@ def _copy_examples(app, folder): # what the README says of them; '' where there 
 def write_space(folder, # Where to; made if need be
                 path=None, # File that `save_model` wrote; None: the one that comes with the package
                 root=None, # Folder with its test images, or that for data sets; see `app_of`
+                network:str|None=None, # 'package.module:function' that the file names; its file or package is copied
                )->Path: # The folder
     """Write a Hugging Face Space that shows the app of a model, and runs from that folder alone.
     Raises `FileExistsError` where something else is in its place"""
-    folder,app = _free_for_space(folder),app_of(path, root)
+    folder,app = _free_for_space(folder),app_of(path, root, network)
     info = app.classifier.info
-    network = info.network + (f', trained on {info.dataset}' if info.dataset else '')
+    described = info.network + (f', trained on {info.dataset}' if info.dataset else '')
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path or PRETRAINED, folder/'model.safetensors')
     _copy_source(folder)
+    if network is not None: _copy_module(network.partition('.')[0].partition(':')[0], folder)
     examples = _copy_examples(app, folder)
-    texts = {'app.py': _APP.format(examples=", 'examples.png'" if examples else ''),
-             'README.md': _README.format(gradio=GRADIO, network=network, examples=examples),
-             'requirements.txt': '\n'.join([_CPU, *_NEEDED, '']), '.gitattributes': _LARGE, 'LICENSE': _licence()}
+    register = '' if network is None else _REGISTER.format(network=network)
+    needed = [*_NEEDED, *([_TIMM] if info.network.startswith('timm:') else [])]
+    texts = {'app.py': _APP.format(register=register, examples=", 'examples.png'" if examples else ''),
+             'README.md': _README.format(gradio=GRADIO, network=described, examples=examples),
+             'requirements.txt': '\n'.join([_CPU, *needed, '']), '.gitattributes': _LARGE, 'LICENSE': _licence()}
     for name,text in texts.items(): write_atomically(folder/name, text.encode())
     images = 'images to look at' if examples else 'no images, since no test images are at hand'
     print(f"'{folder}': {', '.join(texts)}, model.safetensors, the package's source; {images}\n"
