@@ -144,7 +144,6 @@ class App:
                 ):
         if model is None and data is None: data = SPRITE
         self.classifier = model if isinstance(model, Classifier) else load_model(PRETRAINED if model is None else model)
-        self.sprite = None if isinstance(data, (ImageSet,Predictions,type(None))) else Path(data)
         self.names = _distinct(self.classifier.info.classes)
         self.p,self.about = self._predicted(data)
         self.layers,self.layer = self._offered()
@@ -154,14 +153,15 @@ class App:
 @patch
 def _predicted(self:App, data): # `Predictions` or None, and a sentence about them
     if data is None: return None,'No images of known classes are at hand, so there are no mistakes to show.'
-    if self.sprite: data,predicted,about = load_sprite(self.sprite)
+    from_sprite = not isinstance(data, (ImageSet,Predictions))
+    if from_sprite: data,predicted,about = load_sprite(data)
     images = data.data if isinstance(data, Predictions) else data
     if not len(images): raise ValueError("there is no image to look at: data is empty")
     if images.classes != self.classifier.info.classes:
         known,there = ', '.join(self.classifier.info.classes), ', '.join(images.classes)
         raise ValueError(f"the model knows the classes {known}; {images.name} has {there}")
     p = data if isinstance(data, Predictions) else predictions(self.classifier, data)
-    if self.sprite and (p.predicted == predicted).all(): return p,about
+    if from_sprite and (p.predicted == predicted).all(): return p,about
     return p, _said_of(p, len(p.mistakes))
 
 # %% ../nbs/06b_app.ipynb #a99b0036
@@ -351,7 +351,10 @@ def _read(payload): # what Gradio knows of an upload -> uint8 (H, W, 3), or None
 _HEAD = """<script>
 document.addEventListener('load', event => {
   const image = event.target
-  if (image.tagName === 'IMG') image.classList.toggle('pixels', image.naturalHeight <= 128 && image.naturalWidth <= 128)
+  if (image.tagName !== 'IMG') return
+  image.classList.toggle('pixels', image.naturalHeight <= 128 && image.naturalWidth <= 128)
+  const button = image.closest('.thumbnail-item')
+  if (button && image.alt) button.ariaLabel = image.alt
 }, true)
 </script>"""
 
@@ -371,11 +374,14 @@ _CSS = """
 .shelf .thumbnail-item img { height: auto; aspect-ratio: 1 }
 .shelf .caption-label { position: static; max-width: none; width: 100%; padding: .3rem .2rem; border: 0;
   background: none; font-size: .8rem; white-space: normal; text-align: center; color: var(--body-text-color) }
-.examples { --least: 3.6rem }
+.examples { --least: 3rem }
 .mistakes { --least: 8.5rem }
 .maps { --least: 11rem }
 .maps .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)) }
 .bars * { font-family: inherit }
+button[role=tab][aria-selected=true] { color: var(--primary-700) }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300) }
+.min_value, .max_value, footer button, footer a { color: var(--body-text-color) !important }
 @media (max-width: 640px) { .gradio-container > .main { padding: .75rem } }
 """
 
@@ -608,7 +614,7 @@ To run it on your own machine, in this folder:
 
 The folder was written by `cifar-gradcam space`. It holds the source of that package in `cifar_gradcam`
 (Apache 2.0, see LICENSE), and the model in `model.safetensors`.
-{examples}
+{credit}
 """
 
 # %% ../nbs/06b_app.ipynb #a99b00c7
@@ -648,14 +654,11 @@ def _copy_module(name, folder): # a module or a package that can be imported
     else: shutil.copyfile(found.origin, folder/f'{name}.py')
 
 # %% ../nbs/06b_app.ipynb #a99b00cd
-def _copy_examples(app, folder): # what the README says of them; '' where there are none
-    picture = folder/'examples.png'
-    if app.p is None: return ''
-    if app.sprite:
-        for suffix in ('.png','.json'): shutil.copyfile(app.sprite.with_suffix(suffix), picture.with_suffix(suffix))
+def _write_examples(app, picture): # at most a hundred images, and where they are from
+    if app is None: # those of the package's own model
+        for suffix in ('.png','.json'): shutil.copyfile(SPRITE.with_suffix(suffix), picture.with_suffix(suffix))
     else: sprite_of(app.p, picture, _CIFAR10 if app.p.data.name == 'CIFAR-10' else app.p.data.name)
-    source = json.loads(picture.with_suffix('.json').read_text(encoding='utf-8'))['source']
-    return f'The images in `examples.png` are from {source}.'
+    return json.loads(picture.with_suffix('.json').read_text(encoding='utf-8'))['source']
 
 # %% ../nbs/06b_app.ipynb #a99b00ce
 def write_space(folder, # Where to; made if need be
@@ -665,21 +668,24 @@ def write_space(folder, # Where to; made if need be
                )->Path: # The folder
     """Write a Hugging Face Space that shows the app of a model, and runs from that folder alone.
     Raises `FileExistsError` where something else is in its place"""
-    folder,app = _free_for_space(folder),app_of(path, root, network)
-    info = app.classifier.info
+    folder,model = _free_for_space(folder),path or PRETRAINED
+    app = None if path is None and root is None else app_of(path, root, network)
+    info = load_model(model).info
     described = info.network + (f', trained on {info.dataset}' if info.dataset else '')
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path or PRETRAINED, folder/'model.safetensors')
+    shutil.copyfile(model, folder/'model.safetensors')
     _copy_source(folder)
     if network is not None: _copy_module(network.partition('.')[0].partition(':')[0], folder)
-    examples = _copy_examples(app, folder)
+    for suffix in ('.png','.json'): (folder/f'examples{suffix}').unlink(missing_ok=True) # of the model before
+    source = _write_examples(app, folder/'examples.png') if app is None or app.p is not None else ''
+    examples,credit = (", 'examples.png'",f'The images in `examples.png` are from {source}.') if source else ('','')
     register = '' if network is None else _REGISTER.format(network=network)
     needed = [*_NEEDED, *([_TIMM] if info.network.startswith('timm:') else [])]
-    texts = {'app.py': _APP.format(register=register, examples=", 'examples.png'" if examples else ''),
-             'README.md': _README.format(gradio=GRADIO, network=described, examples=examples),
-             'requirements.txt': '\n'.join([_CPU, *needed, '']), '.gitattributes': _LARGE, 'LICENSE': _licence()}
+    texts = {'app.py': _APP.format(register=register, examples=examples), 'LICENSE': _licence(),
+             '.gitattributes': _LARGE, 'requirements.txt': '\n'.join([_CPU, *needed, '']),
+             'README.md': _README.format(gradio=GRADIO, network=described, credit=credit)}
     for name,text in texts.items(): write_atomically(folder/name, text.encode())
-    images = 'images to look at' if examples else 'no images, since no test images are at hand'
+    images = 'images to look at' if source else 'no images, since no test images are at hand'
     print(f"'{folder}': {', '.join(texts)}, model.safetensors, the package's source; {images}\n"
           f"to try it: pip install -r requirements.txt, then python app.py, in that folder")
     return folder
