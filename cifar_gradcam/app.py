@@ -374,7 +374,7 @@ _CSS = """
 .shelf .thumbnail-item img { height: auto; aspect-ratio: 1 }
 .shelf .caption-label { position: static; max-width: none; width: 100%; padding: .3rem .2rem; border: 0;
   background: none; font-size: .8rem; white-space: normal; text-align: center; color: var(--body-text-color) }
-.examples { --least: 3rem }
+.examples .grid-container { grid-template-columns: repeat(5, 1fr); align-content: start }
 .mistakes { --least: 8.5rem }
 .maps { --least: 11rem }
 .maps .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)) }
@@ -677,15 +677,17 @@ def write_space(folder, # Where to; made if need be
     _copy_source(folder)
     if network is not None: _copy_module(network.partition('.')[0].partition(':')[0], folder)
     for suffix in ('.png','.json'): (folder/f'examples{suffix}').unlink(missing_ok=True) # of the model before
-    source = _write_examples(app, folder/'examples.png') if app is None or app.p is not None else ''
-    examples,credit = (", 'examples.png'",f'The images in `examples.png` are from {source}.') if source else ('','')
+    has_images = app is None or app.p is not None
+    source = _write_examples(app, folder/'examples.png') if has_images else ''
+    examples = ", 'examples.png'" if has_images else ''
+    credit = f'The images in `examples.png` are from {source}.' if source else ''
     register = '' if network is None else _REGISTER.format(network=network)
     needed = [*_NEEDED, *([_TIMM] if info.network.startswith('timm:') else [])]
     texts = {'app.py': _APP.format(register=register, examples=examples), 'LICENSE': _licence(),
              '.gitattributes': _LARGE, 'requirements.txt': '\n'.join([_CPU, *needed, '']),
              'README.md': _README.format(gradio=GRADIO, network=described, credit=credit)}
     for name,text in texts.items(): write_atomically(folder/name, text.encode())
-    images = 'images to look at' if source else 'no images, since no test images are at hand'
+    images = 'images to look at' if has_images else 'no images, since no test images are at hand'
     print(f"'{folder}': {', '.join(texts)}, model.safetensors, the package's source; {images}\n"
           f"to try it: pip install -r requirements.txt, then python app.py, in that folder")
     return folder

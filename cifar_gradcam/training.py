@@ -423,7 +423,7 @@ def _normalisation(train, init): # mean and standard deviation of each channel
 # %% ../nbs/03_training.ipynb #d89e47f8
 def weights_digest(trained:Classifier # What a run begins with
                   )->str: # SHA-256, hexadecimal
-    "A fingerprint of all that decides how a run goes on from there: weights, classes and normalisation"
+    "A fingerprint of all that decides how a run continues from there: weights, classes and normalisation"
     about = json.dumps([trained.info.classes, trained.info.mean, trained.info.std])
     return digest({name: v.cpu() for name,v in trained.network.state_dict().items()}, about)
 
@@ -542,7 +542,7 @@ def mix(self:Trainer,
        )->tuple: # Images of the same shape, and targets: (B, n_classes), or the labels where nothing is mixed
     "The batch as the recipe wants it mixed"
     mixed = mixture(self.recipe, len(self.train.classes))
-    return (x,y) if mixed is None or len(x) < 2 else mixed(x, y)
+    return (x,y) if mixed is None else mixed(x, y)
 
 # %% ../nbs/03_training.ipynb #58c02033
 @patch
