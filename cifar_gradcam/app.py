@@ -65,7 +65,7 @@ def save_sprite(data:ImageSet, # Few images
                 path, # The PNG file; the JSON file beside it has the same name
                 predicted, # int (N,): what the network that they were chosen by takes them for
                 about:str, # What they are and how they were chosen, a sentence for the reader
-                source:str='', # Where they are from, for who wants to cite it
+                source:str='', # Where they are from, for those who want to cite it
                ):
     "Images as one picture, with their names and labels beside it"
     n,h,w,_ = data.images.shape
