@@ -327,7 +327,7 @@ def mistakes(self:App,
 def _gradio():
     try: import gradio # only where the extra is installed
     except ImportError as e:
-        raise ImportError('the app needs Gradio: pip install "cifar_gradcam[app]"') from e
+        raise ImportError(f'the app needs Gradio ({e}): pip install "cifar_gradcam[app]"') from e
     return gradio
 
 # %% ../nbs/06b_app.ipynb #a99b0083
