@@ -573,7 +573,7 @@ GRADIO = '6.31.0' # The version that a Space is told to use: that which the app 
 
 _NEEDED = ('torch>=2.6','torchvision>=0.21','albumentations==2.0.8','opencv-python-headless>=4.9.0.80','numpy>=1.26.4',
            'pillow>=10.3','matplotlib>=3.8.4','fastcore>=1.13.9','safetensors>=0.4.3','filelock>=3.12',
-           'tqdm>=4.66','wcwidth>=0.2.13','gradio>=6')
+           'tqdm>=4.66','wcwidth>=0.2.13','gradio>=6.18')
 _TIMM = 'timm>=1.0.10' # for networks that are called `timm:NAME`
 _CPU = '--extra-index-url https://download.pytorch.org/whl/cpu'
 
