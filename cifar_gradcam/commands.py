@@ -133,12 +133,19 @@ def _data_for_all(*args): # what `_data` gives, in each of the processes that tr
     if world > 1 and not rank: dist.barrier()
     return found
 
+# %% ../nbs/06a_commands.ipynb #5a1f0e77
+def _unmirrored(recipe):
+    kept = tuple(name for name in recipe.augmentations if name != 'HorizontalFlip')
+    if kept == recipe.augmentations: return recipe
+    return replace(recipe, name=f'{recipe.name}-unmirrored', augmentations=kept)
+
 # %% ../nbs/06a_commands.ipynb #dfa4b658
 def _recipe_for(dataset, recipe, settings, seed, init=None): # dataset: a `Dataset`; init: a `Classifier` or None
     if recipe is None and init is not None: recipe = RECIPES['finetune']
     if recipe is None and dataset.recipe not in RECIPES:
         raise ValueError(f"the recipe of {dataset.title} is {dataset.recipe!r}, and there are {', '.join(RECIPES)}")
     recipe = recipe or RECIPES[dataset.recipe]
+    if not dataset.mirrors: recipe = _unmirrored(recipe)
     if init is not None: recipe = replace(recipe, network=init.info.network)
     recipe = change(recipe, settings)
     if init is not None and recipe.network != init.info.network:

@@ -285,6 +285,7 @@ class Dataset:
     title:str # What figures, results and model files call it: the `name` of its images
     load:Callable # Function of the split, 'train' or 'test', and the folder for data sets (or None) -> `ImageSet`
     recipe:str # How to train on it if nothing else is said: a key of `training.RECIPES`
+    mirrors:bool = True # Is a mirrored image an image of the same class? A digit is none
 
     def images(self,
                split:str, # 'train' or 'test'
@@ -307,7 +308,7 @@ class Dataset:
 DATASETS = {'cifar10': Dataset('CIFAR-10', cifar10, recipe='fast'),
             'shapes': Dataset('Shapes', lambda split, root=None: shapes(split), recipe='shapes'),
             'cifar100': Dataset('CIFAR-100', cifar100, recipe='fast'),
-            'svhn': Dataset('SVHN', svhn, recipe='fast'),
+            'svhn': Dataset('SVHN', svhn, recipe='fast', mirrors=False),
             'fashionmnist': Dataset('Fashion-MNIST', fashionmnist, recipe='fast')}
 
 # %% ../nbs/00c_data.ipynb #20775f75
