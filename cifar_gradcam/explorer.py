@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .analysis import Predictions, predictions
-from .basics import CMAP, SIGNED, html_image
+from .basics import CMAP, SIGNED, html_image, short
 from .data import ImageSet
 from .engine import CAMMethod, Hook, forward, last_layer, undisturbed
 from .layers import AsMap, ShapeError, find_layer, unwrapped
@@ -298,7 +298,7 @@ def _draw_pair(self:Explorer, axs): # what speaks for each class, on one scale
     top = max((float(m.positive.max()) for m in maps if not isinstance(m, str)), default=0) or 1.
     roles = ('predicted, right','second') if self._right else ('predicted','actual')
     for ax,m,k,role in zip(axs, maps, self.pair, roles):
-        _title(ax, f'for {p.data.classes[k]}', f'{role}, {p.probabilities[i,k]:.2f}')
+        _title(ax, f'for {short(p.data.classes[k])}', f'{role}, {p.probabilities[i,k]:.2f}')
         if isinstance(m, str):
             _instead(ax, m)
             continue
@@ -317,7 +317,7 @@ def _draw_scale(self:Explorer, ax):
 # %% ../nbs/05d_explorer.ipynb #2cee0685
 @patch
 def _draw_contrast(self:Explorer, ax, scale): # what speaks for the one rather than for the other
-    says,other = (self.p.data.classes[k] for k in self.pair)
+    says,other = (short(self.p.data.classes[k]) for k in self.pair)
     result = self.maps[2]
     _title(ax, 'contrast', f'{says} rather than {other}')
     if isinstance(result, str):
@@ -338,7 +338,7 @@ def _draw_probabilities(self:Explorer, ax): # of the ten most probable classes
     color = {other: 'tab:blue', says: 'tab:red'}
     ax.barh(range(len(best)), [100*p.probabilities[i,k] for k in best],
             color=[color.get(k, 'tab:gray') for k in best])
-    ax.set_yticks(range(len(best)), [p.data.classes[k] for k in best])
+    ax.set_yticks(range(len(best)), [short(p.data.classes[k]) for k in best])
     ax.invert_yaxis()
     ax.set(xlim=(0,100))
     ax.set_xlabel('probability, %', fontsize=8)

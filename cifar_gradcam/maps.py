@@ -106,7 +106,8 @@ def plot_mistakes_pairs(model, # The model that made the predictions: a `Classif
         cells += [image, *(overlay(image, m, alpha, **laid) for m in pair)]
         titles.append(f'image {i}')
         for role,c in (('predicted', p.predicted[i]), ('actual', p.data.labels[i])):
-            titles.append([(f'for {p.data.classes[c]}','black'), (f'{role}, {p.probabilities[i,c]:.2f}','black')])
+            name,sure = short(p.data.classes[c]),p.probabilities[i,c]
+            titles.append([(f'for {name}','black'), (f'{role}, {sure:.2f}','black')])
     title = f'{p.data.name} {p.data.split}: what speaks for the predicted class, and what for the actual one'
     scale = dict(_scale(laid), colorbar="share of the pair's maximum")
     return show_images(cells, titles, ncols=9 if len(idx) > 4 else 3, **scale, suptitle=title)
@@ -260,7 +261,7 @@ OF_NO_CLASS = ('EigenCAM','KPCACAM','FEM') # methods whose map is the same for e
 def _titled(result, info): # what the map is of, in words
     names = result.layer.split(' + ')
     at = result.layer if len(names) < 3 else f'{len(names)} layers'
-    of_class = f' for {info.classes[int(result.target[0])]!r}' if result.target is not None else ''
+    of_class = f' for {short(info.classes[int(result.target[0])])!r}' if result.target is not None else ''
     if result.method in OF_NO_CLASS: of_class = ', the same for every class'
     remark = '' if result.status == ['ok'] else f' (the map is {result.status[0]})'
     return textwrap.fill(f'{result.method} at {at}{of_class}{remark}', 52)
@@ -302,7 +303,7 @@ def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of 
     top = prob.argsort(descending=True, stable=True)[:5].tolist()
     colors = ['0.25' if k == target else '0.7' for k in top] # greys, since in the map red and blue are high and low
     bars.barh(range(len(top)), [100*float(prob[k]) for k in top], color=colors)
-    bars.set_yticks(range(len(top)), [info.classes[k] for k in top])
+    bars.set_yticks(range(len(top)), [short(info.classes[k]) for k in top])
     bars.invert_yaxis()
     bars.set(xlim=(0,100), xlabel='probability, %')
     for ax in (scale,bars): ax.tick_params(labelsize=8)
