@@ -46,15 +46,15 @@ def short(name:str, # Of a class, say
 
 # %% ../nbs/00_basics.ipynb #955231e6
 def some_of(names, # Texts
+            most:int=3, # Names, at least 1
             near:str='', # What was given instead; names that are written nearly so come first
-            most:int=12, # Names, at least 1
            )->str:
     "Names for an error message: all of them, or some and their number"
     names = [*map(str, names)]
     if len(names) <= most: return ', '.join(names)
     first = difflib.get_close_matches(near, names, most)
     rest = [name for name in names if name not in first]
-    return f"{', '.join([*first, *rest][:most])} ... ({len(names):,} in all)"
+    return f"{', '.join([*first, *rest][:most])}, ... ({len(names):,} in all)"
 
 # %% ../nbs/00_basics.ipynb #94c52e42
 @cache

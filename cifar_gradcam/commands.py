@@ -322,7 +322,7 @@ def model_and_test(path=PRETRAINED, # File that `save_model` wrote
                          "or its folder of pictures") from e
     test = at_size(known.images('test', lies), info.size)
     if test.classes != info.classes:
-        known,there = some_of(info.classes),some_of(test.classes)
+        known,there = some_of(info.classes, 12),some_of(test.classes, 12)
         raise ValueError(f"the model knows the classes {known}; {test.name} has {there}")
     return model,info,test
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from .basics import progress_bar
+from .basics import progress_bar, some_of
 from .data import DATASETS, ImageSet, check_size, memory
 from .files import write_atomically
 from .pictures import read_image, resized
@@ -90,11 +90,6 @@ class Found:
     @property
     def classes(self)->tuple: return tuple(self.train)
 
-# %% ../nbs/00e_folders.ipynb #b1f01e3c
-def _some(names, n=3): # a few of them, in words
-    names = [str(name) for name in names]
-    return ', '.join(names[:n]) + (f', ... ({len(names)} in all)' if len(names) > n else '')
-
 # %% ../nbs/00e_folders.ipynb #744a900a
 def _directly_in(folder): # names of the pictures there
     return [e.name for e in _entries(folder) if not e.is_dir() and _is_picture(e)]
@@ -110,8 +105,8 @@ def _classes_of(folder, found): # those with pictures, and what is left aside, i
         raise ValueError(f"all pictures in the folders of '{folder}' ({len(files):,}) are of one class, {name!r}; a "
                          f"classifier needs two or more, each in a folder of its own, {_layout_wanted(folder)}")
     beside = _directly_in(folder)
-    notes = [f"no picture in {_some(empty)}"] if empty else []
-    if filled and beside: notes.append(f"left aside, for they lie in no class: {_some(beside)}")
+    notes = [f"no picture in {some_of(empty)}"] if empty else []
+    if filled and beside: notes.append(f"left aside, for they lie in no class: {some_of(beside)}")
     return filled,notes
 
 # %% ../nbs/00e_folders.ipynb #27eeaefc
@@ -123,8 +118,8 @@ def _tested(folder, train): # the pictures by class of a part named by `_TEST`, 
     found = {k: v for k,v in (_annotated(folder) or by_class(folder)).items() if v}
     if not found.keys() & train.keys(): return None
     if unknown := found.keys() - train.keys():
-        raise ValueError(f"'{folder}' has classes that have no training picture: {_some(sorted(unknown))}. "
-                         f"The classes to train on are {_some(train, 10)}")
+        raise ValueError(f"'{folder}' has classes that have no training picture: {some_of(sorted(unknown))}. "
+                         f"The classes to train on are {some_of(train, 10)}")
     return {k: found.get(k, []) for k in train}
 
 # %% ../nbs/00e_folders.ipynb #80c9e048
@@ -168,7 +163,7 @@ def _parts(root): # `Found` where there are a training part and classes in it; e
     layout = f"folders for each class in '{train_folder.name}'" + (f" and '{name}'" if test else '')
     notes += [f"'{other}' has no folders of these classes, so it is not used" for other in without]
     others += [f.name for f in to_test if f.name not in (name, *without)]
-    if others: notes.append(f"not used: {_some(others)}")
+    if others: notes.append(f"not used: {some_of(others)}")
     words = _in_words(root, train)
     train,test = ({words[k]: v for k,v in part.items()} if part else None for part in (train,test))
     return Found(Path(root), train, test, layout, tuple(notes))
@@ -179,7 +174,7 @@ def _check_no_parts(root, names): # raises if these folders are no classes but p
     flat = [name for name in names if name.lower() in _TRAIN]
     train_folder = Path(root)/'train'
     if not flat:
-        raise ValueError(f"there are pictures to test on in '{root}', in {_some(names)}, and none to train on: "
+        raise ValueError(f"there are pictures to test on in '{root}', in {some_of(names)}, and none to train on: "
                          f"put these into '{train_folder}', {_layout_wanted(train_folder)}")
     raise ValueError(f"the pictures lie directly in '{Path(root)/flat[0]}', and nothing says what they show: put those "
                      f"of each class into a folder of its own, {_layout_wanted(Path(root)/flat[0])}")
@@ -189,7 +184,7 @@ def _classes(root, found): # `Found` where there is a folder for each of several
     beside = _directly_in(root)
     if not any(found.values()) and not beside: return None
     if not any(found.values()):
-        raise ValueError(f"the pictures lie directly in '{root}' ({_some(beside)}), and nothing says what they show: "
+        raise ValueError(f"the pictures lie directly in '{root}' ({some_of(beside)}), and nothing says what they show: "
                          f"put those of each class into a folder of its own, {_layout_wanted(root)}")
     _check_no_parts(root, [k for k,v in found.items() if v])
     found,notes = _classes_of(root, found)
@@ -392,12 +387,12 @@ def _name_of(found): # what the data set is called
 def _check_read(split, part, labels, unreadable, strict): # part: {class: files}
     if strict and unreadable:
         raise ValueError(f"{len(unreadable)} of {len(labels):,} pictures cannot be read: "
-                         f"{_some(unreadable.values())}")
+                         f"{some_of(unreadable.values())}")
     left = np.bincount(np.delete(labels, list(unreadable)), minlength=len(part))
     for k in np.flatnonzero(left == 0) if split == 'train' else ():
         why = next(why for file,why in unreadable.items() if labels[file] == k)
         raise ValueError(f"no picture of {list(part)[k]!r} can be read: {why}")
-    if not left.any(): raise ValueError(f"no picture of the {split} part can be read: {_some(unreadable.values())}")
+    if not left.any(): raise ValueError(f"no picture of the {split} part can be read: {some_of(unreadable.values())}")
 
 # %% ../nbs/00e_folders.ipynb #53f40a9b
 _ARCHIVES = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
@@ -408,7 +403,7 @@ def _packed(root): # names of the archives in a folder
 # %% ../nbs/00e_folders.ipynb #0c677d1e
 def _no_pictures(root): # the error that says so
     none = f"there is no picture in '{root}'"
-    if packed := _packed(root): return ValueError(f"{none}, but {_some(packed)}: unpack it first")
+    if packed := _packed(root): return ValueError(f"{none}, but {some_of(packed)}: unpack it first")
     return ValueError(f"{none}; a data set has a folder for each class, {_layout_wanted(root)}")
 
 # %% ../nbs/00e_folders.ipynb #b11800f4
@@ -436,8 +431,8 @@ def _said(found, counts, data, wrong): # one line; counts: how many images, in w
     parts = [f"data: {data.name!r}, {len(data.classes)} classes in {found.layout}",
              f'{counts} images of {side} x {side}', *found.notes]
     untested = np.flatnonzero(np.bincount(data.labels, minlength=len(data.classes)) == 0)
-    if len(untested): parts.append(f"no test picture of {_some(data.classes[k] for k in untested)}")
-    if wrong: parts.append(f"{len(wrong)} picture{'s'*(len(wrong) > 1)} left out: {_some(wrong)}")
+    if len(untested): parts.append(f"no test picture of {some_of(data.classes[k] for k in untested)}")
+    if wrong: parts.append(f"{len(wrong)} picture{'s'*(len(wrong) > 1)} left out: {some_of(wrong)}")
     return '; '.join(parts)
 
 # %% ../nbs/00e_folders.ipynb #bc6d931e
@@ -480,8 +475,8 @@ def folder_test(root, # Folder of pictures, or what `look` found in it
     check_size(size)
     found = _found_in(root, seed)
     if set(found.classes) - set(classes):
-        raise ValueError(f"the model knows the classes {', '.join(classes)}; "
-                         f"{_name_of(found)} has {', '.join(found.classes)}")
+        raise ValueError(f"the model knows the classes {some_of(classes, 12)}; "
+                         f"{_name_of(found)} has {some_of(found.classes, 12)}")
     test,wrong = _part(found, 'test', size, False, cache)
     labels = np.array([classes.index(name) for name in found.classes], np.int64)[test.labels]
     line = _said(found, f'{len(test):,} test', test, wrong)
@@ -498,5 +493,5 @@ def what_lies_in(root # A folder
     if found := look(root): return found
     packed = _packed(root)
     if not packed or {CIFAR10.filename, CIFAR100.filename} & {*packed}: return root
-    raise ValueError(f"there is no picture in '{root}', but {_some(packed)}: unpack it first; "
+    raise ValueError(f"there is no picture in '{root}', but {some_of(packed)}: unpack it first; "
                      "or, if CIFAR-10 is to be downloaded there, name the data set cifar10")
