@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from . import __version__
 from .analysis import Predictions, calibration, class_table, predictions, print_class_accuracy
-from .basics import font_families, progress_bar, some_of
+from .basics import progress_bar, some_of
 from .corruptions import plot_robustness, robustness
 from .data import Dataset, at_size, check_size, dataset_called, holdout, load_data
 from .files import write_atomically
@@ -428,13 +428,12 @@ def _map_files(pictures, out): # for each picture the `Path` that its map goes t
     return files
 
 # %% ../nbs/06a_commands.ipynb #4140fd9a
-@plain_text()
 def _save_explanation(path, picture, result, info, name, called): # name: of the file; called: what `picture` is
     fig = plot_explanation(picture, result, info, called=called)
     says = info.classes[int(result.logits[0].argmax())]
     title = f'{name}: {says} ({info.dataset} model)'
     title = title.encode(errors='backslashreplace').decode() # names need not be valid UTF-8
-    fig.suptitle(title, fontsize=10, family=font_families(title))
+    with plain_text(title): fig.suptitle(title, fontsize=10)
     save_figure(fig, path)
 
 # %% ../nbs/06a_commands.ipynb #d1a00002

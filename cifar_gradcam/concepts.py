@@ -154,7 +154,6 @@ def _painted(image, maps, alpha): # uint8 (H, W, 3), float32 (n, h, w) -> uint8 
     return np.round(255*((1-share)*grey + share*colours)).astype(np.uint8)
 
 # %% ../nbs/04i_concepts.ipynb #d4100030
-@plain_text()
 def plot_concepts(found:Concepts, # Of N pictures
                   images, # uint8 (N, H, W, 3), or (N, H, W): the same, in the same order
                   classes=None, # Names of the network's classes; None: their numbers
@@ -177,8 +176,10 @@ def plot_concepts(found:Concepts, # Of N pictures
         top = int(found.logits[k].argmax())
         return f'{k+1}: {classes[top] if classes is not None else f"class {top}"}'
     columns = min(len(found), max(1, int(.85*len(pictures))))
-    fig = show_images([*pictures, *painted], ncols=len(pictures), foot=.1+.2*-(-len(found)//columns),
-                      suptitle=f"concepts at {found.layer}: {100*found.explained:.0f} % of its activations' square sum")
-    handles = [Patch(color=colour, label=says(k)) for k,colour in enumerate(_colours(len(found)))]
-    fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=8, frameon=False)
-    return fig
+    with plain_text(f'{classes}'):
+        suptitle = f"concepts at {found.layer}: {100*found.explained:.0f} % of its activations' square sum"
+        foot = .1+.2*-(-len(found)//columns)
+        fig = show_images([*pictures, *painted], ncols=len(pictures), suptitle=suptitle, foot=foot)
+        handles = [Patch(color=colour, label=says(k)) for k,colour in enumerate(_colours(len(found)))]
+        fig.legend(handles=handles, loc='lower center', ncols=columns, fontsize=8, frameon=False)
+        return fig

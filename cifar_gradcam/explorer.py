@@ -275,21 +275,21 @@ def __repr__(self:Explorer):
 
 # %% ../nbs/05d_explorer.ipynb #10e702b6
 @patch
-@plain_text()
 def figure(self:Explorer): # The matplotlib figure
     "The picture that is on show"
-    fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,3.), layout='constrained',
-                                                                    width_ratios=(1,1,1,.05,1,.05,.7))
-    fig.get_layout_engine().set(h_pad=.12) # inches, for the titles' two lines
-    for ax in (image,*pair,signed): ax.axis('off')
-    image.imshow(self.p.data.images[self.number], interpolation='nearest')
-    _title(image, f'image {self.number}', f'{self.place.value} of {len(self.numbers)} of its pair')
-    self._draw_pair(pair)
-    self._draw_scale(scale)
-    self._draw_contrast(signed, signed_scale)
-    self._draw_probabilities(bars)
-    for ax in (scale,signed_scale,bars): ax.tick_params(labelsize=8)
-    return fig
+    with plain_text(f'{self.p.data.classes}'):
+        fig,(image,*pair,scale,signed,signed_scale,bars) = plt.subplots(1, 7, figsize=(11.5,3.), layout='constrained',
+                                                                        width_ratios=(1,1,1,.05,1,.05,.7))
+        fig.get_layout_engine().set(h_pad=.12) # inches, for the titles' two lines
+        for ax in (image,*pair,signed): ax.axis('off')
+        image.imshow(self.p.data.images[self.number], interpolation='nearest')
+        _title(image, f'image {self.number}', f'{self.place.value} of {len(self.numbers)} of its pair')
+        self._draw_pair(pair)
+        self._draw_scale(scale)
+        self._draw_contrast(signed, signed_scale)
+        self._draw_probabilities(bars)
+        for ax in (scale,signed_scale,bars): ax.tick_params(labelsize=8)
+        return fig
 
 # %% ../nbs/05d_explorer.ipynb #5dce6afb
 @patch

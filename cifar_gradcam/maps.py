@@ -267,7 +267,6 @@ def _titled(result, info): # what the map is of, in words
     return textwrap.fill(f'{result.method} at {at}{of_class}{remark}', 52)
 
 # %% ../nbs/05b_maps.ipynb #fd7bc8cc
-@plain_text()
 def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of other channels the mean is drawn
                      result:CAMResult, # Of `explain_picture`
                      info:ModelInfo, # For the names of the classes
@@ -289,25 +288,26 @@ def plot_explanation(picture:np.ndarray, # uint8 (H, W, 3), or grey, (H, W); of 
     heatmap = replace(result, size=drawn.shape[:2]).heatmaps[0]
     of_class = result.target is not None and result.method not in OF_NO_CLASS
     target = int(result.target[0]) if of_class else None
-    fig,(a,b,scale,bars) = plt.subplots(1, 4, figsize=(10, np.clip(3.3*h/w+.6, 2.2, 6)),
-                                        layout='constrained', width_ratios=(1,1,.04,.6))
-    interpolation = 'nearest' if max(h, w) <= 128 else 'antialiased' # the pixels of a small picture are to be seen
-    for ax,image in ((a,drawn),(b,overlay(drawn, heatmap, alpha, **laid))):
-        ax.imshow(image, interpolation=interpolation)
-        ax.axis('off')
-    a.set_title(f'{called}, {h:,} pixels high, {w:,} wide', fontsize=9)
-    b.set_title(_titled(result, info), fontsize=9)
-    colours = matplotlib.cm.ScalarMappable(cmap=_scale(laid)['cmap'])
-    fig.colorbar(colours, cax=scale).set_label("share of the map's maximum", fontsize=8)
-    prob = result.logits[0].softmax(0).cpu()
-    top = prob.argsort(descending=True, stable=True)[:5].tolist()
-    colors = ['0.25' if k == target else '0.7' for k in top] # greys, since in the map red and blue are high and low
-    bars.barh(range(len(top)), [100*float(prob[k]) for k in top], color=colors)
-    bars.set_yticks(range(len(top)), [short(info.classes[k]) for k in top])
-    bars.invert_yaxis()
-    bars.set(xlim=(0,100), xlabel='probability, %')
-    for ax in (scale,bars): ax.tick_params(labelsize=8)
-    return fig
+    with plain_text(f'{called}{info.classes}'):
+        fig,(a,b,scale,bars) = plt.subplots(1, 4, figsize=(10, np.clip(3.3*h/w+.6, 2.2, 6)),
+                                            layout='constrained', width_ratios=(1,1,.04,.6))
+        interpolation = 'nearest' if max(h, w) <= 128 else 'antialiased' # the pixels of a small picture are to be seen
+        for ax,image in ((a,drawn),(b,overlay(drawn, heatmap, alpha, **laid))):
+            ax.imshow(image, interpolation=interpolation)
+            ax.axis('off')
+        a.set_title(f'{called}, {h:,} pixels high, {w:,} wide', fontsize=9)
+        b.set_title(_titled(result, info), fontsize=9)
+        colours = matplotlib.cm.ScalarMappable(cmap=_scale(laid)['cmap'])
+        fig.colorbar(colours, cax=scale).set_label("share of the map's maximum", fontsize=8)
+        prob = result.logits[0].softmax(0).cpu()
+        top = prob.argsort(descending=True, stable=True)[:5].tolist()
+        colors = ['0.25' if k == target else '0.7' for k in top] # greys, since in the map red and blue are high and low
+        bars.barh(range(len(top)), [100*float(prob[k]) for k in top], color=colors)
+        bars.set_yticks(range(len(top)), [short(info.classes[k]) for k in top])
+        bars.invert_yaxis()
+        bars.set(xlim=(0,100), xlabel='probability, %')
+        for ax in (scale,bars): ax.tick_params(labelsize=8)
+        return fig
 
 # %% ../nbs/05b_maps.ipynb #c4a50007
 def visualize(cam:CAMMethod, # The method, on a model and a layer

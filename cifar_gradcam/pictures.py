@@ -24,10 +24,12 @@ from .basics import font_families
 _AS_WRITTEN = {'text.parse_math': False, 'text.usetex': False} # settings of matplotlib
 
 @contextmanager
-def plain_text(): # A context manager, and a decorator
-    "While a figure is made: its texts are drawn as they are, and not taken for mathematics"
-    before = {name: matplotlib.rcParams[name] for name in _AS_WRITTEN}
-    matplotlib.rcParams.update(_AS_WRITTEN)
+def plain_text(text:str='' # What is going to be drawn, where it may be in any script
+              ): # A context manager, and a decorator
+    "While a figure is made: its texts are drawn as they are, not taken for mathematics, in fonts that have the letters"
+    settings = _AS_WRITTEN | {'font.family': font_families(text)}
+    before = {name: matplotlib.rcParams[name] for name in settings}
+    matplotlib.rcParams.update(settings)
     try: yield
     finally: matplotlib.rcParams.update(before) # these alone, for Jupyter sets others when the first figure is made
 
@@ -38,7 +40,6 @@ def _width(text): # of a text in a figure, inches
         return text.get_window_extent().width/text.figure.dpi
 
 # %% ../nbs/00b_pictures.ipynb #b6eb425f
-@plain_text()
 def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or floats in [0, 1]
                 titles=None, # For each image a text, or a list of (text, colour) pairs, one for each line
                 ncols:int=9, # Images in a row
@@ -55,33 +56,33 @@ def show_images(images, # Sequence of (H, W, 3) or (H, W) arrays, uint8 or float
     titles = [[(t,'black')] if isinstance(t,str) else list(t) for t in titles]
     if len(titles) != len(images):
         raise ValueError(f"one title for each image is needed: {len(images)} images, {len(titles)} titles")
-    families = font_families(f'{suptitle}{titles}')
-    ncols = min(ncols, len(images))
-    nrows = math.ceil(len(images)/ncols)
-    down = cell + .16*max(map(len, titles)) + .1 # from row to row
-    tall,columns = (nrows-1)*down+cell,np.full(ncols, cell) # of all rows; the width of each column
-    fig,axs = plt.subplots(nrows, ncols, figsize=(1,tall), squeeze=False, layout='none')
-    for ax in axs.flat: ax.axis('off')
-    for n,(ax,image,title) in enumerate(zip(axs.flat, images, titles)):
-        drawn = ax.imshow(image, interpolation='nearest', **kwargs)
-        for k,(text,color) in enumerate(reversed(title)):
-            line = ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points',
-                               ha='center', va='bottom', fontsize=8, color=color, family=families)
-            columns[n%ncols] = max(columns[n%ncols], _width(line))
-    lefts = .04 + np.cumsum([0, *(columns+.08)])
-    width = lefts[-1] + .04
-    if colorbar:
-        bar = fig.colorbar(drawn, cax=fig.add_axes((0,0,.12,1)))
-        bar.set_label(textwrap.fill(colorbar, max(10, int(12*tall)))) # along a single row a long one is broken
-        width += .04 + bar.ax.get_tightbbox().width/fig.dpi
-    head = textwrap.wrap(suptitle or '', max(10, int(13*width))) # 13 letters an inch
-    height = nrows*down + .08 + foot + (.12 + .17*len(head) if head else 0)
-    fig.set_size_inches(width, height)
-    def place(ax, left, bottom, w, h): ax.set_position((left/width, (foot+.09+bottom)/height, w/width, h/height))
-    for (row,k),ax in np.ndenumerate(axs): place(ax, lefts[k]+(columns[k]-cell)/2, (nrows-1-row)*down, cell, cell)
-    if colorbar: place(bar.ax, lefts[-1], 0, .12, tall)
-    if head: fig.suptitle('\n'.join(head), fontsize=10, y=1-.05/height, family=families)
-    return fig
+    with plain_text(f'{suptitle}{titles}{colorbar}'):
+        ncols = min(ncols, len(images))
+        nrows = math.ceil(len(images)/ncols)
+        down = cell + .16*max(map(len, titles)) + .1 # from row to row
+        tall,columns = (nrows-1)*down+cell,np.full(ncols, cell) # of all rows; the width of each column
+        fig,axs = plt.subplots(nrows, ncols, figsize=(1,tall), squeeze=False, layout='none')
+        for ax in axs.flat: ax.axis('off')
+        for n,(ax,image,title) in enumerate(zip(axs.flat, images, titles)):
+            drawn = ax.imshow(image, interpolation='nearest', **kwargs)
+            for k,(text,color) in enumerate(reversed(title)):
+                line = ax.annotate(text, (.5,1), (0, 2+10*k), 'axes fraction', 'offset points',
+                                   ha='center', va='bottom', fontsize=8, color=color)
+                columns[n%ncols] = max(columns[n%ncols], _width(line))
+        lefts = .04 + np.cumsum([0, *(columns+.08)])
+        width = lefts[-1] + .04
+        if colorbar:
+            bar = fig.colorbar(drawn, cax=fig.add_axes((0,0,.12,1)))
+            bar.set_label(textwrap.fill(colorbar, max(10, int(12*tall)))) # along a single row a long one is broken
+            width += .04 + bar.ax.get_tightbbox().width/fig.dpi
+        head = textwrap.wrap(suptitle or '', max(10, int(13*width))) # 13 letters an inch
+        height = nrows*down + .08 + foot + (.12 + .17*len(head) if head else 0)
+        fig.set_size_inches(width, height)
+        def place(ax, left, bottom, w, h): ax.set_position((left/width, (foot+.09+bottom)/height, w/width, h/height))
+        for (row,k),ax in np.ndenumerate(axs): place(ax, lefts[k]+(columns[k]-cell)/2, (nrows-1-row)*down, cell, cell)
+        if colorbar: place(bar.ax, lefts[-1], 0, .12, tall)
+        if head: fig.suptitle('\n'.join(head), fontsize=10, y=1-.05/height)
+        return fig
 
 # %% ../nbs/00b_pictures.ipynb #96aea435
 def save_figure(fig, # A matplotlib figure
