@@ -20,6 +20,7 @@ from fastcore.xdg import xdg_cache_home
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, FashionMNIST
 from torchvision.datasets.utils import calculate_md5, download_and_extract_archive, download_url
 
+from .basics import some_of
 from .pictures import resized
 
 # %% ../nbs/00c_data.ipynb #6d9b1741
@@ -334,7 +335,7 @@ def load_data(dataset:str='auto', # 'auto', or a key or title of `DATASETS`
     train,test = (d.images(split, root) for split in ('train','test'))
     if train.classes != test.classes:
         raise ValueError(f"the classes of {d.title} must be the same in training and test, "
-                         f"got {', '.join(train.classes)} and {', '.join(test.classes)}")
+                         f"got {some_of(train.classes, 12)} and {some_of(test.classes, 12)}")
     sides = [data.images.shape[1] for data in (train,test)]
     if len(set(sides)) > 1:
         raise ValueError(f"the images of {d.title} must have one size in training and test, "
