@@ -222,7 +222,7 @@ def _app(args):
 def _space(args):
     _commands(sys.stderr)
     _can_import(args.network)
-    from cifar_gradcam.app import write_space
+    from cifar_gradcam.space import write_space
     write_space(args.folder, args.model, args.data, args.network)
 
 # %% ../nbs/06_cli.ipynb #dc54db46
