@@ -411,7 +411,7 @@ _DRAWN = ('image/png','text/html','text/plain') # the first that an output has
 def _outputs(c, page, folder, alt, caption):
     texts,shown = [],[]
     def flush():
-        lines = ''.join(texts).strip('\n').split('\n')
+        lines = ''.join(texts).replace('\r\n', '\n').strip('\n').split('\n') # commands end a line with both
         text = '\n'.join(line.rsplit('\r', 1)[-1] for line in lines) # of a progress bar, its last state
         if text.strip(): shown.append(dict(text=ansi2html(text)))
         texts.clear()
