@@ -51,7 +51,7 @@ def _options_of_training(c):
                         'the one that holds cifar-10-batches-py (default: $CIFAR_GRADCAM_DATA, else the cache)')
     c.add_argument('--size', type=int, metavar='N',
                    help='side of the images, 8 to 224 pixels (default: as they are; of pictures in a folder what is '
-                        'common among them, at most 64)')
+                        'common among them, at most 64, or with --init what its model was trained on)')
     c.add_argument('--strict', action='store_true',
                    help='stop where a picture in the folder cannot be read (default: name it, and leave it out)')
     c.add_argument('--set', metavar='NAME=VALUE', action='append', default=[],

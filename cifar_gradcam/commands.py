@@ -116,10 +116,10 @@ def _in_a_path(name): # the name of a data set, as a part of a file name
     return re.sub(r'[^\w.-]+', '-', name).strip('-.') or 'pictures'
 
 # %% ../nbs/06a_commands.ipynb #627ab5c5
-def _data(dataset, root, size, strict): # key, `Dataset`, train, test, and a line that says what they are; see `run`
+def _data(dataset, root, size, strict, init=None): # key, `Dataset`, train, test, and a line about them; see `run`
     lies = what_lies_in(root) if dataset == 'auto' and root is not None else root
     if isinstance(lies, Found):
-        train,test,line = folder_data(lies, size, strict)
+        train,test,line = folder_data(lies, size or (init and init.info.size), strict)
         return _in_a_path(train.name), Dataset(train.name, None, recipe='fast'), train, test, line
     train,test,line = load_data(dataset, lies)
     if size is not None: train,test,line = at_size(train, size), at_size(test, size), f'{line}, at {size} x {size}'
@@ -220,7 +220,8 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         n_holdout:int=0, # Training images to evaluate on instead of the test set, held out: for choosing recipes
         tensorboard:bool=False, # Log for TensorBoard too?
         device=None, # None: the best there is
-        size:int|None=None, # Side of the images, 8..224 pixels; None: as they are, or see `folders.common_size`
+        size:int|None=None, # Side of the images, 8..224 pixels; None: as they are, or of pictures in a folder that of
+                           # `init`, else see `folders.common_size`
         strict:bool=False, # Is a picture in the folder that cannot be read an error? Else it is left out, and named
         network:str|None=None, # Instead of the recipe's: see `network_called`, or 'package.module:function'
         init=None, # Model file whose weights to go on from, such as `model.PRETRAINED`; None: from random ones
@@ -236,7 +237,7 @@ def run(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS`
         def say(text):
             if not rank: print(text, flush=True)
         say('preparing the data ...')
-        key,known,train,test,line = _data_for_all(dataset, root, size, strict)
+        key,known,train,test,line = _data_for_all(dataset, root, size, strict, init)
         whole = train
         if n_holdout: train,test = holdout(train, n_holdout)
         say(line + (f'; {n_holdout:,} of the training images held out to evaluate on' if n_holdout else ''))
@@ -282,7 +283,7 @@ def suggest_lr(dataset:str='auto', # 'auto', or a key or title of `data.DATASETS
     init = None if init is None else load_model(init)
     _check_early(dataset, recipe, settings, seed, None, init)
     print('preparing the data ...', flush=True)
-    _,known,train,_,line = _data(dataset, root, size, strict)
+    _,known,train,_,line = _data(dataset, root, size, strict, init)
     recipe,changed = _fit_to(train, _recipe_for(known, recipe, settings, seed, init), settings)
     size,batch = recipe.sizes[0],recipe.batch_size
     steps = f"recipe '{recipe.name}': at most 100 steps of {batch} images of {size} x {size} pixels"
