@@ -269,21 +269,23 @@ _CSS = """
 .pixels { image-rendering: pixelated }
 .picture img { width: 100%; height: 100%; object-fit: contain }
 .headline h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; letter-spacing: -.01em }
-.headline p, .words p { margin: .3rem 0 0; max-width: 60rem; color: var(--body-text-color) }
+.headline p, .words p { margin: .3rem 0 0; max-width: 60rem; overflow-wrap: anywhere; color: var(--body-text-color) }
 .scale { display: flex; align-items: center; gap: .6rem; font-size: .8rem; color: var(--body-text-color) }
 .scale i { flex: 1; height: .6rem; border-radius: .3rem }
 .form { min-width: 0 !important }
 .shelf .grid-wrap { height: auto; min-height: 0; max-height: none; padding: 0; overflow: visible }
 .shelf .grid-container { padding: 0; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(var(--least), 1fr)) }
-.shelf .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; overflow: hidden }
-.shelf .thumbnail-item img { height: auto; aspect-ratio: 1 }
+.shelf .thumbnail-item { display: flex; flex-direction: column; height: auto; min-width: 0; aspect-ratio: auto;
+  overflow: hidden }
+.shelf .thumbnail-item img { height: auto; aspect-ratio: 1; object-fit: contain }
 .shelf .caption-label { position: static; max-width: none; width: 100%; padding: .3rem .2rem; border: 0;
-  background: none; font-size: .8rem; white-space: normal; text-align: center; color: var(--body-text-color) }
-.examples .grid-container { grid-template-columns: repeat(5, 1fr); align-content: start }
+  background: none; font-size: .8rem; white-space: normal; overflow-wrap: anywhere; text-align: center;
+  color: var(--body-text-color) }
+.examples .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)); align-content: start }
 .mistakes { --least: 8.5rem }
 .maps { --least: 11rem }
 .maps .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)) }
-.bars * { font-family: inherit }
+.bars * { font-family: inherit; overflow-wrap: anywhere }
 button[role=tab][aria-selected=true] { color: var(--primary-700) }
 .dark button[role=tab][aria-selected=true] { color: var(--primary-300) }
 .min_value, .max_value, footer button, footer a { color: var(--body-text-color) !important }
@@ -458,10 +460,11 @@ def app_of(path=None, # File that `save_model` wrote; None: the one that comes w
 # %% ../nbs/06b_app.ipynb #a99b00b5
 def serve(path=None, # File that `save_model` wrote; None: the one that comes with the package
           root=None, # Folder with its test images, or that for data sets; see `app_of`
-          port:int|None=None, # Of this machine; None: the first that is free, from 7860 on
+          port:int|None=None, # Of this machine, 1..65535; None: the first that is free, from 7860 on
           network:str|None=None, # 'package.module:function' that the file names; imported
          ):
     "Serve the app of a model until Ctrl-C"
+    if port is not None and not 1 <= port <= 65535: raise ValueError(f"port must lie in 1..65535, got {port}")
     _gradio() # a missing extra is told before anything is loaded
     app = app_of(path, root, network)
     try: page = app.launch(server_port=port, prevent_thread_lock=True, quiet=True)

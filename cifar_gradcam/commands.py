@@ -18,11 +18,11 @@ from . import __version__
 from .analysis import Predictions, calibration, class_table, predictions, print_class_accuracy
 from .basics import progress_bar, some_of
 from .corruptions import plot_robustness, robustness
-from .data import Dataset, at_size, check_size, dataset_called, holdout, load_data
+from .data import Dataset, at_size, check_size, dataset_called, has_cifar10, holdout, load_data
 from .files import write_atomically
 from .lr_finder import LRCurve, advice, find_lr, plot_lr
 from .engine import CAMMethod
-from .folders import Found, folder_data, folder_test, what_lies_in
+from .folders import Found, folder_data, folder_test, no_pictures, what_lies_in
 from .maps import (OF_NO_CLASS, explain, explain_picture, plot_explanation, plot_mistakes_cam,
                                 plot_mistakes_heatmaps, plot_mistakes_pairs)
 from .methods import METHODS
@@ -121,6 +121,7 @@ def _data(dataset, root, size, strict, init=None): # key, `Dataset`, train, test
     if isinstance(lies, Found):
         train,test,line = folder_data(lies, size or (init and init.info.size), strict)
         return _in_a_path(train.name), Dataset(train.name, None, recipe='fast'), train, test, line
+    if dataset == 'auto' and root is not None and not has_cifar10(lies): raise no_pictures(root)
     train,test,line = load_data(dataset, lies)
     if size is not None: train,test,line = at_size(train, size), at_size(test, size), f'{line}, at {size} x {size}'
     return *dataset_called(train.name), train, test, line
@@ -167,6 +168,8 @@ def _fit_to(train, recipe, settings): # the recipe for these images, and a line 
 # %% ../nbs/06a_commands.ipynb #06a50002
 def _with_network(settings, network): # the settings of a recipe, and its network; as in `run`
     if network is None: return [*settings]
+    if network.endswith('.safetensors'):
+        raise ValueError(f"a network is wanted, and '{network}' is a model file: --init goes on from its weights")
     library,colon,_ = network.partition(':')
     if colon and library not in SMALL_STEMS: register_network(network)
     return [*settings, f'network={network}']
@@ -191,11 +194,12 @@ def _folder(path): # the `Path` of a folder that is there or can be made
 # %% ../nbs/06a_commands.ipynb #960c9e80
 def _check_early(dataset, recipe, settings, seed, folder, init=None): # as in `run`; raises what is wrong with them
     if folder: _folder(folder)
+    wrong = []
     for name in ('cifar10','shapes') if dataset == 'auto' else (dataset,): # those that 'auto' may become
         _,known = dataset_called(name)
         try: return _recipe_for(known, recipe, settings, seed, init)
-        except ValueError as e: wrong = e
-    raise wrong
+        except ValueError as e: wrong.append(e)
+    raise wrong[0]
 
 # %% ../nbs/06a_commands.ipynb #078011bb
 def _write_results(folder, t, p, say): # the content of metrics.json, and the number of figures; t: a `Trainer`
@@ -319,6 +323,7 @@ def model_and_test(path=PRETRAINED, # File that `save_model` wrote
     try: _,known = dataset_called(dataset or info.dataset)
     except ValueError as e:
         if dataset: raise
+        if root is not None: raise no_pictures(root) from None
         raise ValueError(f"'{path}' was trained on {info.dataset!r}: {e}; name the one to test it on, "
                          "or its folder of pictures") from e
     test = at_size(known.images('test', lies), info.size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'pictures_in', 'by_class', 'Found', 'look', 'held_out', 'square', 'common_size', 'cache_folder', 'Read',
-           'read_squares', 'picture_folder', 'folder_data', 'folder_test', 'what_lies_in']
+           'read_squares', 'picture_folder', 'no_pictures', 'folder_data', 'folder_test', 'what_lies_in']
 
 # %% ../nbs/00e_folders.ipynb #b7e5a28a
 import errno, hashlib, io, json, os, shutil, sys, unicodedata
@@ -400,12 +400,6 @@ _ARCHIVES = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
 def _packed(root): # names of the archives in a folder
     return [e.name for e in _entries(root) if e.name.lower().endswith(_ARCHIVES)]
 
-# %% ../nbs/00e_folders.ipynb #0c677d1e
-def _no_pictures(root): # the error that says so
-    none = f"there is no picture in '{root}'"
-    if packed := _packed(root): return ValueError(f"{none}, but {some_of(packed)}: unpack it first")
-    return ValueError(f"{none}; a data set has a folder for each class, {_layout_wanted(root)}")
-
 # %% ../nbs/00e_folders.ipynb #b11800f4
 def picture_folder(root # As the user names it
                   )->Path:
@@ -415,6 +409,15 @@ def picture_folder(root # As the user names it
     if not root.exists(): raise FileNotFoundError(f"no such folder of pictures: '{root}'")
     hint = ': unpack it first' if root.name.lower().endswith(_ARCHIVES) else ''
     raise NotADirectoryError(f"'{root}' is a file, and a folder of pictures is wanted{hint}")
+
+# %% ../nbs/00e_folders.ipynb #0c677d1e
+def no_pictures(root # Folder, as the user names it
+               )->Exception: # To be raised
+    "The error that says why there is no picture in a folder. Raises those of `picture_folder`"
+    picture_folder(root)
+    none = f"there is no picture in '{root}'"
+    if packed := _packed(root): return ValueError(f"{none}, but {some_of(packed)}: unpack it first")
+    return ValueError(f"{none}; a data set has a folder for each class, {_layout_wanted(root)}")
 
 # %% ../nbs/00e_folders.ipynb #ff3f53be
 def _part(found, split, size, strict, cache): # an `ImageSet`, and why some pictures cannot be read
@@ -438,7 +441,7 @@ def _said(found, counts, data, wrong): # one line; counts: how many images, in w
 # %% ../nbs/00e_folders.ipynb #bc6d931e
 def _found_in(root, seed): # `Found` with a test part
     found = root if isinstance(root, Found) else look(picture_folder(root))
-    if found is None: raise _no_pictures(root)
+    if found is None: raise no_pictures(root)
     return _divided(found, seed)
 
 # %% ../nbs/00e_folders.ipynb #e6a0754c
@@ -484,7 +487,7 @@ def folder_test(root, # Folder of pictures, or what `look` found in it
 
 # %% ../nbs/00e_folders.ipynb #da249707
 def what_lies_in(root # A folder
-                ): # `Found`, or the folder in which CIFAR-10 lies or will lie, as `data.cifar10` takes it
+                ): # `Found`, or where there is no picture the folder in which data sets lie, as `data.cifar10` takes it
     "Pictures or CIFAR-10? Raises `ValueError` where there are pictures, and no way to tell their classes"
     root = Path(root).expanduser()
     if root.is_file(): picture_folder(root) # says why not
