@@ -45,6 +45,7 @@ def check_identity(state:dict, # Of a checkpoint
     if kept == ours: return
     was,now = [{**run, **run['recipe'], 'recipe': None} for run in (kept, ours)]
     different = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if 'data' in different: different = [k for k in different if k != 'fingerprint'] # it would tell nobody more
     told = '; '.join(f'{k} was {was.get(k, "not set")}, now {now.get(k, "not set")}' for k in different)
     raise ValueError(f"'{folder}' holds another run ({told}). Choose another folder, or delete that one")
 

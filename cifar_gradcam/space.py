@@ -6,11 +6,12 @@
 __all__ = ['GRADIO', 'write_space']
 
 # %% ../nbs/06d_space.ipynb #a99d0005
-import importlib.metadata, importlib.util, json, shutil
+import hashlib, importlib.metadata, importlib.util, json, re, shutil
 from importlib.resources import files
 from pathlib import Path
 
 from .app import app_of
+from .basics import some_of
 from .files import write_atomically
 from .model import PRETRAINED, load_model
 from .sprite import CIFAR10_SOURCE, SPRITE, sprite_of
@@ -25,7 +26,7 @@ _TIMM = 'timm>=1.0.10' # for networks that are called `timm:NAME`
 _CPU = '--extra-index-url https://download.pytorch.org/whl/cpu'
 
 # %% ../nbs/06d_space.ipynb #a99b00c5
-_APP = """# Written by `cifar-gradcam space`
+_APP = """# Written by `cifar-gradcam space` ({digest})
 from cifar_gradcam.app import App
 {register}
 App('model.safetensors'{examples}).launch()
@@ -37,7 +38,7 @@ register_network('{network}')"""
 
 # %% ../nbs/06d_space.ipynb #a99b00c6
 _README = """---
-title: What does the network see, and where?
+title: {title}
 emoji: 🔍
 colorFrom: blue
 colorTo: indigo
@@ -45,12 +46,12 @@ sdk: gradio
 sdk_version: {gradio}
 python_version: "3.12"
 app_file: app.py
-license: apache-2.0
 ---
 
 # What does the network see, and where?
 
 A page on which a network can be tried: {network}.
+{classes}
 It shows what the network sees in a picture and where it looks (Grad-CAM and other class activation maps),
 what speaks for one class rather than for another, and its mistakes.
 
@@ -59,8 +60,8 @@ To run it on your own machine, in this folder:
     pip install -r requirements.txt
     python app.py
 
-The folder was written by `cifar-gradcam space`. It holds the source of that package in `cifar_gradcam`
-(Apache 2.0, see LICENSE), and the model in `model.safetensors`.
+The folder was written by `cifar-gradcam space` ({digest}). It holds the source of that package in `cifar_gradcam`
+(Apache 2.0, see LICENSE there), and the model in `model.safetensors`.
 {credit}
 """
 
@@ -72,11 +73,25 @@ _LARGE = ''.join(f'{kind} filter=lfs diff=lfs merge=lfs -text\n' for kind in ('*
 def _free_for_space(folder): # the `Path`; raises `FileExistsError` where something else would be overwritten
     folder = Path(folder)
     if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"'{folder}' is a file, not a folder")
-    for name,sign in (('app.py', 'cifar_gradcam.app'), ('README.md', 'sdk: gradio')):
-        file = folder/name
-        if file.exists() and sign not in file.read_text(encoding='utf-8', errors='replace'):
-            raise FileExistsError(f"'{file}' is there, and not that of a Space; name another folder")
+    there = [file.name for file in folder.iterdir() if file.name != '.git'] if folder.exists() else []
+    signs = {'app.py': 'cifar_gradcam.app', 'README.md': 'sdk: gradio'} # as the Hub's own README of a new Space has it
+    for name in signs.keys() & {*there}:
+        if signs[name] not in (folder/name).read_text(encoding='utf-8', errors='replace'):
+            raise FileExistsError(f"'{folder/name}' is there, and not that of a Space; name another folder")
+    if there and not signs.keys() & {*there}:
+        raise FileExistsError(f"'{folder}' is no Space, and not empty ({some_of(there)}); name another folder")
     return folder
+
+# %% ../nbs/06d_space.ipynb #a99d0011
+def _digest(text): return hashlib.sha256(text.encode()).hexdigest()[:8] # of a text that has `{digest}` in its place
+
+def _by_hand(file): # was a text changed since it was written here?
+    if not file.exists(): return False
+    text = file.read_text(encoding='utf-8', errors='replace')
+    found = re.search(r'`cifar-gradcam space` \(([0-9a-f]{8})\)', text)
+    if not found: return 'cifar-gradcam space' in text # of an earlier version, or with the line changed
+    start,end = found.span(1)
+    return _digest(text[:start] + '{digest}' + text[end:]) != found[1]
 
 # %% ../nbs/06d_space.ipynb #a99b00ca
 def _licence(): # its text; with the project's source it lies beside the package, else beside its metadata
@@ -91,6 +106,7 @@ def _copy_source(folder): # the package, without what belongs to the model that 
     left_out = shutil.ignore_patterns('__pycache__', '*.safetensors', f'{SPRITE.stem}.*')
     shutil.rmtree(folder/'cifar_gradcam', ignore_errors=True)
     shutil.copytree(source, folder/'cifar_gradcam', ignore=left_out)
+    write_atomically(folder/'cifar_gradcam'/'LICENSE', _licence().encode())
 
 # %% ../nbs/06d_space.ipynb #a99b1001
 def _copy_module(name, folder): # a module or a package that can be imported
@@ -107,6 +123,19 @@ def _write_examples(app, picture): # at most a hundred images, and where they ar
     else: sprite_of(app.p, picture, CIFAR10_SOURCE if app.p.data.name == 'CIFAR-10' else app.p.data.name)
     return json.loads(picture.with_suffix('.json').read_text(encoding='utf-8'))['source']
 
+# %% ../nbs/06d_space.ipynb #a99d0012
+def _texts(info, network, has_images, source): # of the files of a Space: {name: text}, with `{digest}` in its place
+    asks = 'what does the network see, and where?'
+    title = f'{info.dataset}: {asks}' if info.dataset else asks.capitalize()
+    app = _APP.format(register='' if network is None else _REGISTER.format(network=network),
+                      examples=", 'examples.png'" if has_images else '', digest='{digest}')
+    readme = _README.format(title=json.dumps(title, ensure_ascii=False), gradio=GRADIO, digest='{digest}',
+                            network=info.network + (f', trained on {info.dataset}' if info.dataset else ''),
+                            classes=f'It knows {some_of(info.classes, 12)}.',
+                            credit=f'The images in `examples.png` are from {source}.' if source else '')
+    needed = [_CPU, *_NEEDED, *([_TIMM] if info.network.startswith('timm:') else []), '']
+    return {'app.py': app, 'README.md': readme, '.gitattributes': _LARGE, 'requirements.txt': '\n'.join(needed)}
+
 # %% ../nbs/06d_space.ipynb #a99b00ce
 def write_space(folder, # Where to; made if need be
                 path=None, # File that `save_model` wrote; None: the one that comes with the package
@@ -114,11 +143,10 @@ def write_space(folder, # Where to; made if need be
                 network:str|None=None, # 'package.module:function' that the file names; its file or package is copied
                )->Path: # The folder
     """Write a Hugging Face Space that shows the app of a model, and runs from that folder alone.
-    Raises `FileExistsError` where something else is in its place"""
+    An app.py or README.md that was changed by hand stays. Raises `FileExistsError` where something else lies"""
     folder,model = _free_for_space(folder),path or PRETRAINED
     app = None if path is None and root is None else app_of(path, root, network)
     info = load_model(model).info
-    described = info.network + (f', trained on {info.dataset}' if info.dataset else '')
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model, folder/'model.safetensors')
     _copy_source(folder)
@@ -126,15 +154,12 @@ def write_space(folder, # Where to; made if need be
     for suffix in ('.png','.json'): (folder/f'examples{suffix}').unlink(missing_ok=True) # of the model before
     has_images = app is None or app.p is not None
     source = _write_examples(app, folder/'examples.png') if has_images else ''
-    examples = ", 'examples.png'" if has_images else ''
-    credit = f'The images in `examples.png` are from {source}.' if source else ''
-    register = '' if network is None else _REGISTER.format(network=network)
-    needed = [*_NEEDED, *([_TIMM] if info.network.startswith('timm:') else [])]
-    texts = {'app.py': _APP.format(register=register, examples=examples), 'LICENSE': _licence(),
-             '.gitattributes': _LARGE, 'requirements.txt': '\n'.join([_CPU, *needed, '']),
-             'README.md': _README.format(gradio=GRADIO, network=described, credit=credit)}
-    for name,text in texts.items(): write_atomically(folder/name, text.encode())
+    texts = _texts(info, network, has_images, source)
+    changed = [name for name in ('app.py','README.md') if _by_hand(folder/name)]
+    for name,text in texts.items():
+        if name not in changed: write_atomically(folder/name, text.replace('{digest}', _digest(text)).encode())
     images = 'images to look at' if has_images else 'no images, since no test images are at hand'
+    for name in changed: print(f"'{folder/name}' was changed by hand, and stays; deleted, it is written anew")
     print(f"'{folder}': {', '.join(texts)}, model.safetensors, the package's source; {images}\n"
           f"to try it: pip install -r requirements.txt, then python app.py, in that folder")
     return folder
