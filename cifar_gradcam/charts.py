@@ -282,6 +282,7 @@ def class_bars(p # Of a data set: `Predictions`
     known = np.flatnonzero(np.isfinite(accuracy))
     ends = [known[accuracy[known].argmax()], known[accuracy[known].argmin()]] if len(known) else []
     said = [f'{how}: {classes[k]}, {accuracy[k]:.1f} %.' for how,k in zip(('Highest','Lowest'), ends)]
+    if len(ends) and np.ptp(accuracy[known]) == 0: said = [f'Each class: {accuracy[ends[0]]:.1f} %.']
     rows = [(c, n, r, f'{a:.1f}' if n else '-') for c,n,r,a in zip(classes, images, p.confusion.diagonal(), accuracy)]
     whose = 'each class' if few else f'the {_BARS} lowest of {len(classes)} classes'
     text = ' '.join([*said, f'All: {p.accuracy:.2f} %.'])

@@ -39,7 +39,9 @@ def _training(history, # With at least one finished stage
               split, # What was evaluated on
              ):
     loss,accuracy = ('train_nll','test_loss'),('train_accuracy','test_accuracy')
-    charts = [batch_losses(history), *(by_epoch(history, *keys, split=split) for keys in (loss, accuracy))]
+    several = len(history.epochs) > 1 # of one stage there would be a point in place of a curve; the table has it
+    by_stage = [by_epoch(history, *keys, split=split) for keys in (loss, accuracy)] if several else []
+    charts = [batch_losses(history), *by_stage]
     return _html.training(charts=charts, table=history.table)
 
 # %% ../nbs/05c_report.ipynb #ae9c04ce
