@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .analysis import Predictions, predictions
-from .basics import SIGNED
+from .basics import SIGNED, some_of
 from .data import ImageSet, dataset_called
 from .engine import CAMMethod
 from .explorer import stages
@@ -63,7 +63,7 @@ def _predicted(self:App, data): # `Predictions` or None, and a sentence about th
     images = data.data if isinstance(data, Predictions) else data
     if not len(images): raise ValueError("there is no image to look at: data is empty")
     if images.classes != self.classifier.info.classes:
-        known,there = ', '.join(self.classifier.info.classes), ', '.join(images.classes)
+        known,there = some_of(self.classifier.info.classes, 12),some_of(images.classes, 12)
         raise ValueError(f"the model knows the classes {known}; {images.name} has {there}")
     p = data if isinstance(data, Predictions) else predictions(self.classifier, data)
     if from_sprite and (p.predicted == predicted).all(): return p,about
@@ -165,7 +165,7 @@ def _laid_over(picture, results, opacity): # uint8 (h, w, 3), `CAMResult`s of on
 def _class(self:App, name, ranked): # the number of a class that was chosen by its name, or by its rank
     if name in (_MOST,_SECOND): return ranked[(_MOST,_SECOND).index(name)]
     if name in self.names: return self.names.index(name)
-    raise ValueError(f"no class is called {name!r}; there are {', '.join(self.names)}")
+    raise ValueError(f"no class is called {name!r}; there are {some_of(self.names, 12, name)}")
 
 # %% ../nbs/06b_app.ipynb #a99b0062
 @patch

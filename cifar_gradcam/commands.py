@@ -121,7 +121,8 @@ def _data(dataset, root, size, strict, init=None): # key, `Dataset`, train, test
     if isinstance(lies, Found):
         train,test,line = folder_data(lies, size or (init and init.info.size), strict)
         return _in_a_path(train.name), Dataset(train.name, None, recipe='fast'), train, test, line
-    if dataset == 'auto' and root is not None and not has_cifar10(lies): raise no_pictures(root)
+    if dataset == 'auto' and root is not None and not has_cifar10(lies):
+        raise ValueError(f"{no_pictures(root)}; to have CIFAR-10 downloaded there, name the data set cifar10")
     train,test,line = load_data(dataset, lies)
     if size is not None: train,test,line = at_size(train, size), at_size(test, size), f'{line}, at {size} x {size}'
     return *dataset_called(train.name), train, test, line
