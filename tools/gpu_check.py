@@ -1,6 +1,6 @@
 """Check the package on a machine with one NVIDIA GPU: is everything right there, how fast is it, and a long training.
 Each check's outcome is written as soon as it is known, so that what was done is kept if the machine goes away"""
-import argparse, copy, io, json, math, os, shutil, signal, socket, subprocess, sys, tempfile, time, traceback
+import argparse, copy, io, json, math, os, re, shutil, signal, socket, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,8 +86,9 @@ def raises(error):
 
 class Context:
     "What all checks know"
-    def __init__(self, part, device, small, out, minutes):
-        self.part,self.device,self.small,self.out = part,device,small,Path(out)
+    def __init__(self, parts, device, small, out, minutes, claims=None, processes=1):
+        self.parts,self.device,self.small,self.out = parts,device,small,Path(out)
+        self.claims,self.processes = claims,processes # where processes side by side say what they are at; their number
         self.end = time.monotonic() + 60*minutes
         self.out.mkdir(parents=True, exist_ok=True)
         self.cuda = device.type == 'cuda'
@@ -109,9 +110,17 @@ class Context:
         return (train.subset(slice(512)),test.subset(slice(200))) if self.small else (train,test)
 
     @property
-    def workers(self): # as many as were the quickest, in this call or an earlier one
-        try: return json.loads((STORE/'workers.json').read_text())
-        except FileNotFoundError: return 1 if self.small else max(1, (os.cpu_count() or 2) - 4)
+    def workers(self): # as many as were the quickest, in this call or an earlier one, and as there are cores for
+        cores = max(1, ((os.cpu_count() or 2) - 2)//self.processes)
+        try: return min(cores, json.loads((STORE/'workers.json').read_text()))
+        except FileNotFoundError: return 1 if self.small else cores
+
+    def takes(self, part, name): # is this check for this process?
+        if not self.claims: return True
+        slug = re.sub(r'\W+', '-', f'{part} {name}')
+        try: os.close(os.open(Path(self.claims)/slug, os.O_CREAT|os.O_EXCL))
+        except FileExistsError: return False
+        return True
 
 CHECKS = {'A': [], 'B': [], 'C': [], 'D': []} # in the order of their importance
 
@@ -143,11 +152,13 @@ def outcome(c, seconds, f):
     finally: signal.setitimer(signal.ITIMER_REAL, 0)
 
 def run_all(c):
-    "Run the checks of a part, and write down each one's outcome at once"
+    "Run the checks, and write down each one's outcome at once"
     signal.signal(signal.SIGALRM, raises(OutOfTime))
     signal.signal(signal.SIGTERM, raises(CutOff))
     counts,cut = Counter(),False
-    for name,seconds,f in CHECKS[c.part]:
+    entries = [(part, *entry) for part in c.parts for entry in CHECKS[part]]
+    for part,name,seconds,f in entries:
+        if not c.takes(part, name): continue
         start = time.monotonic()
         try: status,found = ('not reached',dict(why='cut off')) if cut else outcome(c, seconds, f)
         except (CutOff,KeyboardInterrupt): status,found,cut = 'not reached',dict(why='cut off'),True
@@ -155,7 +166,25 @@ def run_all(c):
         line = dict(name=name, status=status, seconds=time.monotonic()-start, **rounded(found))
         with (c.out/'results.jsonl').open('a') as out: out.write(json.dumps(rounded(line)) + '\n')
         print(f"{status:11} {line['seconds']:6.1f} s  {name}: {json.dumps(rounded(found))}", flush=True)
-    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['not reached']} not reached", flush=True)
+    return counts
+
+def side_by_side(c, left):
+    """Run the parts in several processes, each at another check. Steps on small images are so short that a GPU waits
+    for what one process asks of it. `left`: minutes"""
+    with tempfile.TemporaryDirectory() as claims:
+        own = dict(device=c.device, out=c.out, minutes=left, processes=c.processes, claims=claims)
+        options = [word for name,value in own.items() for word in (f'--{name}', str(value))] + ['--small']*c.small
+        command = [sys.executable, __file__, '--part', *c.parts, *options]
+        with (c.out/'results.jsonl').open('a') as f: begin = f.tell()
+        children = [subprocess.Popen(command) for _ in range(c.processes)]
+        def pass_on(*_):
+            for child in children: child.terminate()
+        signal.signal(signal.SIGTERM, pass_on)
+        crashed = sum(child.wait() not in (0,1) for child in children)
+    with (c.out/'results.jsonl').open() as f:
+        f.seek(begin)
+        counts = Counter(json.loads(line)['status'] for line in f)
+    counts['failed'] += crashed
     return counts
 
 # What several checks need
@@ -525,7 +554,7 @@ def worker(how, device, small, out):
     import torch.distributed as dist
     from cifar_gradcam.processes import process_group
     from cifar_gradcam.training import pick_device
-    c = Context('A', pick_device(device), small, out, 2)
+    c = Context(['A'], pick_device(device), small, out, 2)
     if how == 'gloo': dist.init_process_group('gloo')
     with process_group(c.device), exactly(): found = steps_together(c)
     if how == 'gloo': dist.destroy_process_group()
@@ -707,13 +736,19 @@ def write_pieces(path, out):
         (out/f'{Path(path).name}.{k+1}').write_bytes(data[k*PIECE:(k+1)*PIECE])
 
 def join(folder):
-    "Put the pieces of every model together again, and see that each can be loaded"
+    "Put the pieces of every model together again, and see that each can be loaded; give the trials to their page"
     from cifar_gradcam.model import load_model
     for first in sorted(Path(folder).glob('*.safetensors.1')):
         whole = first.with_suffix('')
         pieces = sorted(whole.parent.glob(f'{whole.name}.[0-9]*'), key=lambda p: int(p.suffix[1:]))
         whole.write_bytes(b''.join(p.read_bytes() for p in pieces))
         print(f'{whole}: {whole.stat().st_size:,} bytes, {load_model(whole).info.metrics}')
+    lines = [json.loads(line) for path in Path(folder).glob('results.jsonl') for line in path.read_text().splitlines()]
+    trials = {line['name']: {k: line[name] for name,k in OF_TRIAL.items()}
+              for line in lines if line['status'] == 'passed' and OF_TRIAL.keys() <= line.keys()}
+    file = PAGE.with_suffix('.json')
+    if trials: file.write_text(json.dumps(json.loads(file.read_text()) | trials, indent=1))
+    print(f'{len(trials)} trials for {file}')
 
 def trained(c, recipe):
     "Train to the end or until the time is over, and write weights and history; resumes what an earlier call began"
@@ -734,7 +769,6 @@ def trained(c, recipe):
     save_model(t.model, STORE/f'{recipe.name}.safetensors', info, half=True)
     write_pieces(STORE/f'{recipe.name}.safetensors', c.out)
     t.history.save(c.out/f'{recipe.name}_history.json')
-    c.seconds_a_step = seconds/t.n_steps
     return found if t.finished else found | dict(why='it is not finished: call this again')
 
 @check('B', 60)
@@ -744,27 +778,29 @@ def full(c):
     return trained(c, small_recipe(c, in_stages(RECIPES['full'], 8)))
 
 @check('B', 60)
-def strong(c):
-    "Recipe `strong`, if `full` shows that there is time for it"
+def evening(c):
+    "Recipe `evening`"
     from cifar_gradcam.training import RECIPES
-    recipe = small_recipe(c, RECIPES['strong'])
-    needs = 30 + 1.1*recipe.ends(len(c.cifar10()[0]))[-1]*getattr(c, 'seconds_a_step', .05)
-    if not c.small and c.left() < needs: raise NotReached(f'{c.left():.0f} s left, and it takes some {needs:.0f}')
-    return trained(c, recipe)
+    if 'evening' not in RECIPES: raise NotReached('there is no such recipe yet')
+    return trained(c, small_recipe(c, RECIPES['evening']))
 
 # Part C: what helps? The trials of the page on ablations, on 45,000 images, with 5,000 held out
 
 PAGE = PROJECT/'nbs/studies/ablations.ipynb'
-CELLS = ('37384c2c', '5639b77f', '7d301bca', 'cdbbd364', 'a9000002', '31828943', '083043cd', '02e06a59', '53affe91',
-         '6febd446', '6ef222cd', 'ac5f7fd3', '0fbb3dea', '7d1acc55', '792f9dee', 'ab1a7000') # they define the trials
+OF_TRIAL = {k: k for k in ('recipe','accuracy','loss','train_accuracy','pflop','precision')} # name here -> name there
+OF_TRIAL |= {'seconds_of_training': 'seconds'} # a check's own 'seconds' are all that it took
 
-def of_page(path=PAGE, ids=CELLS):
-    "What some cells of a notebook define"
-    cells = {cell['id']: ''.join(cell['source']) for cell in json.loads(path.read_text())['cells']}
+def of_page(path=PAGE, name='pairs'):
+    """What a notebook defines, up to the last cell that sets `name`.
+    Cells that wait for a flag, as the trials themselves do, stay out"""
+    cells = [''.join(cell['source']) for cell in json.loads(path.read_text())['cells'] if cell['cell_type'] == 'code']
+    last = max(k for k,text in enumerate(cells) if re.search(rf'^{name} \|?= ', text, re.M))
     defined,before = {},Path.cwd()
     os.chdir(path.parent)
     try:
-        for i in ids: exec(compile(cells[i], f'{path.name}, cell {i}', 'exec'), defined)
+        for text in cells[:last+1]:
+            if re.search(r'^#\| ablations|get_ipython', text, re.M): continue
+            exec(compile(text, path.name, 'exec'), defined)
     finally: os.chdir(before)
     return defined
 
@@ -774,7 +810,7 @@ def trial_of(page, key):
         recipe,prepare = page['pairs'][key]
         train,held = holdout(c.cifar10()[0], 100 if c.small else 5000)
         row = page['trial'](small_recipe(c, recipe), prepare, train, held, device=c.device, n_workers=c.workers)
-        return row | dict(seconds_of_training=row.pop('seconds'))
+        return {name: row[k] for name,k in OF_TRIAL.items()}
     run.__name__ = key
     return check('C', 25)(run)
 
@@ -784,24 +820,26 @@ def add_trials():
 
 # Part D: the seeds of the recipes, for the table of results
 
+for seed in range(3): of_seed('D', 60, 'strong', seed, least=92) # the longer ones first
 for seed in range(10): of_seed('D', 15, 'fast', seed, least=85)
-for seed in range(3): of_seed('D', 60, 'strong', seed, least=92)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--part', choices=CHECKS,
+    p.add_argument('--part', choices=CHECKS, nargs='+', metavar='PART',
                    help='A: right and fast? B: a long training; C: trials of tricks; D: recipes by seeds; none: unpack')
     p.add_argument('--packed', default=PROJECT/'build/gpu', help="folder of gpu_pack.py's parts (%(default)s)")
     p.add_argument('--out', default=PROJECT/'build/gpu/out', help='folder for what goes back (%(default)s)')
-    p.add_argument('--minutes', type=float, help='time for all of it (A: 4, B: 6, C and D: 9)')
+    p.add_argument('--minutes', type=float, help='time for all of it (A: 4, B: 6, C and D: 9; the sum)')
+    p.add_argument('--processes', type=int, default=1, help='that share the device, each at a check of its own (1); '
+                   'for B, C and D some four')
     p.add_argument('--small', action='store_true', help='few images and a tiny network, to try this script')
     p.add_argument('--device', default='cuda', help='where to compute (%(default)s)')
     p.add_argument('--join', metavar='FOLDER', help='put the weights that came back there together, and check them')
-    p.add_argument('--worker', help=argparse.SUPPRESS)
+    for internal in ('--worker','--claims'): p.add_argument(internal, help=argparse.SUPPRESS)
     a = p.parse_args()
     os.environ |= dict(NO_ALBUMENTATIONS_UPDATE='1', TQDM_DISABLE='1', MPLBACKEND='agg')
     start = time.monotonic()
-    if not (a.worker or a.join): keep_parts(a.packed)
+    if not (a.worker or a.join or a.claims): keep_parts(a.packed)
     install_lacking()
     sys.path.insert(0, str(PROJECT))
     if a.join: return join(a.join)
@@ -811,9 +849,14 @@ def main():
         except NotReached as e: print(e)
         return
     from cifar_gradcam.training import pick_device
-    if a.part == 'C': add_trials()
-    minutes = (a.minutes or dict(A=4, B=6, C=9, D=9)[a.part]) - (time.monotonic()-start)/60
-    counts = run_all(Context(a.part, pick_device(a.device), a.small, a.out, minutes))
+    minutes = (a.minutes or sum(dict(A=4, B=6, C=9, D=9)[part] for part in a.part)) - (time.monotonic()-start)/60
+    c = Context(a.part, pick_device(a.device), a.small, a.out, minutes, a.claims, a.processes)
+    if a.processes > 1 and not a.claims: counts = side_by_side(c, minutes)
+    else:
+        if 'C' in a.part: add_trials()
+        counts = run_all(c)
+    if not a.claims:
+        print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['not reached']} not reached", flush=True)
     sys.exit(counts['failed'] > 0)
 
 if __name__ == '__main__': main()
