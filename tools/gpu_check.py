@@ -816,7 +816,7 @@ def trial_of(page, key):
 
 def add_trials():
     page = of_page()
-    for key in page['pairs']: trial_of(page, key)
+    for key in [k for k in page['pairs'] if k not in page['results']]: trial_of(page, key)
 
 # Part D: the seeds of the recipes, for the table of results
 
