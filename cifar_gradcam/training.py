@@ -29,6 +29,7 @@ from .basics import Table, classify, device_of, eval_mode, progress_bar
 from .charts import curves
 from .data import ImageSet, loader
 from .files import Checkpoints, digest, locked, write_atomically
+from .half_depth import every_second_block, left_out
 from .model import Classifier, ModelInfo, count_flop, network_called
 from .muon import Muon, filters_of
 from .prediction import evaluate, loss_and_accuracy, pick_device, predict
@@ -65,6 +66,7 @@ class Recipe:
     clip:float = 0. # Largest length of the gradient, at least 0; 0: it is left as it is
     mixup:float = 0. # Alpha of the Beta distribution of mixup's shares, at least 0; 0: no mixup
     cutmix:float = 0. # Alpha of the Beta distribution of CutMix's shares, at least 0; 0: no CutMix
+    half_depth:int = 0 # Stages, from the first on, without every second residual block; fewer than there are
     # What the recipe was written for; `fitted` reads it, and it decides nothing about a run
     side:int = field(default=32, compare=False) # Of the images that `sizes` are for, pixels, 8..224
     images:int = field(default=0, compare=False) # Images in an epoch that `epochs` are for; 0: for any number
@@ -159,6 +161,7 @@ def _check(self:Recipe):
     schedules = [*SCHEDULES, *LOSS_SCHEDULES]
     need(self.schedule in schedules, 'schedule', f"one of {', '.join(schedules)}")
     for name in ('weight_decay','seed','images'): need(getattr(self,name) >= 0, name, 'at least 0')
+    need(0 <= self.half_depth < len(self.sizes), 'half_depth', f'in 0..{len(self.sizes)-1}, for the last stage trains all')
     for name in ('clip','mixup','cutmix'): need(0 <= getattr(self,name) < math.inf, name, 'at least 0, and finite')
     for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'):
         need(0 <= getattr(self,name) < 1, name, 'at least 0 and under 1')
@@ -228,16 +231,25 @@ def new_network(make, # What `network_called` gives
 
 # %% ../nbs/03_training.ipynb #1e90fb4d
 @cache
-def _image_flop(make, n_classes, size): # in training; make: what `network_called` gives
-    return count_flop(new_network(make, n_classes, size), size, backward=True)
+def _image_flop(make, n_classes, size, half=False): # in training; make: what `network_called` gives; half: of the depth?
+    network = new_network(make, n_classes, size)
+    with left_out(network, every_second_block(network)*half): return count_flop(network, size, backward=True)
 
 # %% ../nbs/03_training.ipynb #4c29dc52
 @cache
-def _muon_flop(make, n_classes, size): # of one step, whatever the size
-    filters = filters_of(new_network(make, n_classes, size))
+def _muon_flop(make, n_classes, size, half=False): # of one step, whatever the size
+    network = new_network(make, n_classes, size)
+    with left_out(network, every_second_block(network)*half): filters = filters_of(network)
     return Muon(filters, lr=1.).flop() if filters else 0
 
 # %% ../nbs/03_training.ipynb #ffee6da1
+@patch
+def _step_flop(self:Recipe, stage, n_classes, side): # of one step in a stage, as `pflop` counts
+    make,size,half = network_called(self.network, side),self.sizes[stage],stage < self.half_depth
+    muon = _muon_flop(make, n_classes, size, half) if self.muon_lr else 0
+    return self.batch_size*_image_flop(make, n_classes, size, half) + muon
+
+# %% ../nbs/03_training.ipynb #ffee6da2
 @patch
 def pflop(self:Recipe,
           n:int, # Number of training images
@@ -245,11 +257,8 @@ def pflop(self:Recipe,
           side:int|None=None, # Of the training images, pixels, which a library's network is for; None: the largest size
          )->float: # 10^15 floating-point operations: forward, backward, and Muon's
     "What training by this recipe costs"
-    make,ends = network_called(self.network, side or max(self.sizes)),self.ends(n)
-    steps = np.diff([0,*ends]).tolist() # of each stage
-    images = self.batch_size*sum(k*_image_flop(make, n_classes, size) for k,size in zip(steps, self.sizes))
-    muon = ends[-1]*_muon_flop(make, n_classes, self.sizes[0]) if self.muon_lr else 0
-    return (images + muon)/1e15
+    steps = np.diff([0,*self.ends(n)]).tolist() # of each stage
+    return sum(k*self._step_flop(stage, n_classes, side or max(self.sizes)) for stage,k in enumerate(steps))/1e15
 
 # %% ../nbs/03_training.ipynb #93ec9c93
 RECIPES = {r.name: r for r in (
@@ -335,7 +344,8 @@ def optimizers_for(recipe:Recipe, # How to train
                   )->list: # SGD, and Muon if the recipe and the network have something for it
     "The optimizers of a run; each of their groups has its peak learning rate as 'peak'"
     filters = filters_of(network) if recipe.muon_lr else []
-    fused = device_of(network).type in ('cpu','cuda') # one pass over the memory, and not one for each operation
+    # one pass over the memory, and not one for each operation; torch's can't begin with some weights later than others
+    fused = device_of(network).type in ('cpu','cuda') and not recipe.half_depth
     made = [torch.optim.SGD(parameter_groups(recipe, network, filters), recipe.lr, momentum=recipe.momentum,
                             nesterov=recipe.nesterov, fused=fused)]
     if filters:
@@ -459,11 +469,14 @@ class Trainer:
         self.init = None if init is None else weights_digest(init) # of what it begins with
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.average = averaged(self.net, recipe.ema) if recipe.ema else None
-        self.parallel = DistributedDataParallel(self.net) if self.world > 1 else self.net
+        self.later = every_second_block(self.net) if recipe.half_depth else [] # blocks that are left out at first
+        if recipe.half_depth and not self.later:
+            raise ValueError(f"recipe {recipe.name!r}: half_depth is for ResNets with two blocks in a layer; "
+                             f"{recipe.network} has none that can be left out")
+        apart = dict(find_unused_parameters=True) if self.later else {}
+        self.parallel = DistributedDataParallel(self.net, **apart) if self.world > 1 else self.net
         self.optimizers = optimizers_for(recipe, self.net, self.dtype)
-        muon = sum(o.flop() for o in self.optimizers if isinstance(o, Muon))
-        images = {s: recipe.batch_size*count_flop(self.net, s, backward=True) for s in set(recipe.sizes)}
-        self.flop = {s: f + muon for s,f in images.items()} # of a step
+        self.flop = [recipe._step_flop(k, len(train.classes), self.side) for k in range(len(recipe.sizes))] # of a step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype==torch.float16)
         self.history = History(asdict(recipe), train.name, str(self.dtype or torch.float32).removeprefix('torch.'))
         self.sums = self._zero() # over the stage so far
@@ -482,6 +495,10 @@ class Trainer:
 
     @property
     def stage(self)->int: return len(self.history.epochs) # the one that is under way, from 0
+
+    @property
+    def absent(self)->list: # names of the blocks that are left out in this stage
+        return self.later if self.stage < self.recipe.half_depth else []
 
     @property
     def finished(self)->bool: return self.stage == len(self.recipe.sizes)
@@ -511,7 +528,7 @@ def forward(self:Trainer,
            )->torch.Tensor: # Logits, float32 (B, n_classes)
     "What the network says, in this run's number format"
     half = torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-    with SmallMapsAsProducts(), half: logits = self.parallel(x)
+    with SmallMapsAsProducts(), half, left_out(self.net, self.absent): logits = self.parallel(x)
     return logits.float()
 
 # %% ../nbs/03_training.ipynb #62c3bb33
@@ -647,7 +664,8 @@ def _evaluate(self:Trainer)->tuple: # loss and accuracy on the test images; (Non
     tested = None,None
     try:
         if self.test is not None and self.rank == 0:
-            with self.signals.released(): self.logits = predict(self.model, self.test, self.info)
+            with self.signals.released(), left_out(self.model, self.absent):
+                self.logits = predict(self.model, self.test, self.info)
             tested = loss_and_accuracy(self.logits, self.test)
     except Stopped: pass # and leave, in the next line
     self._leave_together()
@@ -662,7 +680,7 @@ def _end_stage(self:Trainer, size):
     row = dict(epoch=round(sum(self.recipe.lengths[:self.stage+1]), 4), steps=self.n_steps, size=size,
                train_loss=s['loss']/s['images'], train_nll=s['nll']/s['images'],
                train_accuracy=100*s['correct']/s['images'], test_loss=tested[0], test_accuracy=tested[1],
-               pflop=before['pflop'] + steps*self.flop[size]/1e15, seconds=before['seconds'] + s['seconds'])
+               pflop=before['pflop'] + steps*self.flop[self.stage]/1e15, seconds=before['seconds'] + s['seconds'])
     with self.signals.held():
         self.history.epochs.append(row)
         self.sums = self._zero()
