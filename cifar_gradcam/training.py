@@ -161,7 +161,8 @@ def _check(self:Recipe):
     schedules = [*SCHEDULES, *LOSS_SCHEDULES]
     need(self.schedule in schedules, 'schedule', f"one of {', '.join(schedules)}")
     for name in ('weight_decay','seed','images'): need(getattr(self,name) >= 0, name, 'at least 0')
-    need(0 <= self.half_depth < len(self.sizes), 'half_depth', f'in 0..{len(self.sizes)-1}, for the last stage trains all')
+    last = len(self.sizes)-1
+    need(0 <= self.half_depth <= last, 'half_depth', f'in 0..{last}, for the last stage trains all')
     for name in ('clip','mixup','cutmix'): need(0 <= getattr(self,name) < math.inf, name, 'at least 0, and finite')
     for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'):
         need(0 <= getattr(self,name) < 1, name, 'at least 0 and under 1')
@@ -231,13 +232,13 @@ def new_network(make, # What `network_called` gives
 
 # %% ../nbs/03_training.ipynb #1e90fb4d
 @cache
-def _image_flop(make, n_classes, size, half=False): # in training; make: what `network_called` gives; half: of the depth?
+def _image_flop(make, n_classes, size, half=False): # in training; make: what `network_called` gives
     network = new_network(make, n_classes, size)
     with left_out(network, every_second_block(network)*half): return count_flop(network, size, backward=True)
 
 # %% ../nbs/03_training.ipynb #4c29dc52
 @cache
-def _muon_flop(make, n_classes, size, half=False): # of one step, whatever the size
+def _muon_flop(make, n_classes, size, half=False): # of one step, whatever the size; half: of the depth?
     network = new_network(make, n_classes, size)
     with left_out(network, every_second_block(network)*half): filters = filters_of(network)
     return Muon(filters, lr=1.).flop() if filters else 0
