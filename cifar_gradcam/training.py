@@ -66,7 +66,7 @@ class Recipe:
     clip:float = 0. # Largest length of the gradient, at least 0; 0: it is left as it is
     mixup:float = 0. # Alpha of the Beta distribution of mixup's shares, at least 0; 0: no mixup
     cutmix:float = 0. # Alpha of the Beta distribution of CutMix's shares, at least 0; 0: no CutMix
-    half_depth:int = 0 # Stages, from the first on, without every second residual block; fewer than there are
+    half_depth:int = 0 # Stages, from the first on, without every second residual block; the last always has all
     # What the recipe was written for; `fitted` reads it, and it decides nothing about a run
     side:int = field(default=32, compare=False) # Of the images that `sizes` are for, pixels, 8..224
     images:int = field(default=0, compare=False) # Images in an epoch that `epochs` are for; 0: for any number
@@ -80,6 +80,9 @@ class Recipe:
 
     @property
     def lengths(self)->tuple: return self.epochs or (1,)*len(self.sizes) # of the stages, in epochs
+
+    @property
+    def n_shallow(self)->int: return min(self.half_depth, len(self.sizes)-1) # stages at half depth, if the network has one
 
 # %% ../nbs/03_training.ipynb #4c76673a
 def triangular(recipe:Recipe, # For its `warmup`
@@ -160,9 +163,7 @@ def _check(self:Recipe):
     except ValueError as e: raise ValueError(f"recipe {self.name!r}: {e}") from e
     schedules = [*SCHEDULES, *LOSS_SCHEDULES]
     need(self.schedule in schedules, 'schedule', f"one of {', '.join(schedules)}")
-    for name in ('weight_decay','seed','images'): need(getattr(self,name) >= 0, name, 'at least 0')
-    last = len(self.sizes)-1
-    need(0 <= self.half_depth <= last, 'half_depth', f'in 0..{last}, for the last stage trains all')
+    for name in ('weight_decay','seed','images','half_depth'): need(getattr(self,name) >= 0, name, 'at least 0')
     for name in ('clip','mixup','cutmix'): need(0 <= getattr(self,name) < math.inf, name, 'at least 0, and finite')
     for name in ('warmup','momentum','muon_momentum','label_smoothing','ema'):
         need(0 <= getattr(self,name) < 1, name, 'at least 0 and under 1')
@@ -246,7 +247,7 @@ def _muon_flop(make, n_classes, size, half=False): # of one step, whatever the s
 # %% ../nbs/03_training.ipynb #ffee6da1
 @patch
 def _step_flop(self:Recipe, stage, n_classes, side): # of one step in a stage, as `pflop` counts
-    make,size,half = network_called(self.network, side),self.sizes[stage],stage < self.half_depth
+    make,size,half = network_called(self.network, side),self.sizes[stage],stage < self.n_shallow
     muon = _muon_flop(make, n_classes, size, half) if self.muon_lr else 0
     return self.batch_size*_image_flop(make, n_classes, size, half) + muon
 
@@ -265,8 +266,8 @@ def pflop(self:Recipe,
 RECIPES = {r.name: r for r in (
     Recipe('seed', sizes=(32,)*15, lr=.01, schedule='constant', nesterov=False, weight_decay=1e-5, decay_norm=True,
            augmentations=('HorizontalFlip',), images=50_000),
-    Recipe('fast', sizes=(16,24,32), epochs=(1.5,.7,.5), lr=.2, muon_lr=.2, bias_lr=16., batch_size=256,
-           label_smoothing=.1, images=50_000),
+    Recipe('fast', sizes=(16,24,32), epochs=(2,.7,.5), lr=.16, muon_lr=.16, bias_lr=16., batch_size=256,
+           label_smoothing=.1, half_depth=1, images=50_000),
     Recipe('strong', sizes=(16,24,32,32), epochs=(3.5,5,2,1.25), lr=.1, muon_lr=.08, bias_lr=16., batch_size=256,
            label_smoothing=.1, images=50_000),
     Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1,
@@ -346,7 +347,8 @@ def optimizers_for(recipe:Recipe, # How to train
     "The optimizers of a run; each of their groups has its peak learning rate as 'peak'"
     filters = filters_of(network) if recipe.muon_lr else []
     # one pass over the memory, and not one for each operation; torch's can't begin with some weights later than others
-    fused = device_of(network).type in ('cpu','cuda') and not recipe.half_depth
+    some_later = recipe.n_shallow and every_second_block(network)
+    fused = device_of(network).type in ('cpu','cuda') and not some_later
     made = [torch.optim.SGD(parameter_groups(recipe, network, filters), recipe.lr, momentum=recipe.momentum,
                             nesterov=recipe.nesterov, fused=fused)]
     if filters:
@@ -470,10 +472,7 @@ class Trainer:
         self.init = None if init is None else weights_digest(init) # of what it begins with
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.average = averaged(self.net, recipe.ema) if recipe.ema else None
-        self.later = every_second_block(self.net) if recipe.half_depth else [] # blocks that are left out at first
-        if recipe.half_depth and not self.later:
-            raise ValueError(f"recipe {recipe.name!r}: half_depth is for ResNets with two blocks in a layer; "
-                             f"{recipe.network} has none that can be left out")
+        self.later = every_second_block(self.net) if recipe.n_shallow else [] # blocks that are left out at first
         apart = dict(find_unused_parameters=True) if self.later else {}
         self.parallel = DistributedDataParallel(self.net, **apart) if self.world > 1 else self.net
         self.optimizers = optimizers_for(recipe, self.net, self.dtype)
@@ -499,7 +498,7 @@ class Trainer:
 
     @property
     def absent(self)->list: # names of the blocks that are left out in this stage
-        return self.later if self.stage < self.recipe.half_depth else []
+        return self.later if self.stage < self.recipe.n_shallow else []
 
     @property
     def finished(self)->bool: return self.stage == len(self.recipe.sizes)

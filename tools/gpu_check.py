@@ -684,10 +684,10 @@ def waiting(c):
     return dict(by_workers=found, best=best)
 
 def small_recipe(c, recipe):
-    "The recipe, or where all is small one for a tiny network, which has no blocks to leave out"
+    "The recipe, or where all is small one for a tiny network"
     if not c.small: return recipe
     if recipe.network == 'narrow': return replace(recipe, batch_size=64) # it is small, and its trials need its blocks
-    return replace(recipe, network='tiny', batch_size=64, half_depth=0)
+    return replace(recipe, network='tiny', batch_size=64)
 
 def of_seed(part, seconds, name, seed, least=0):
     "A recipe from a seed, on all training images; evaluated once, at the end of each stage"
