@@ -82,7 +82,7 @@ class Recipe:
     def lengths(self)->tuple: return self.epochs or (1,)*len(self.sizes) # of the stages, in epochs
 
     @property
-    def n_shallow(self)->int: return min(self.half_depth, len(self.sizes)-1) # stages at half depth, if the network has one
+    def n_shallow(self)->int: return min(self.half_depth, len(self.sizes)-1) # stages at half depth
 
 # %% ../nbs/03_training.ipynb #4c76673a
 def triangular(recipe:Recipe, # For its `warmup`
