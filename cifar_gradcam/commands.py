@@ -148,7 +148,7 @@ def _recipe_for(dataset, recipe, settings, seed, init=None): # dataset: a `Datas
         raise ValueError(f"the recipe of {dataset.title} is {dataset.recipe!r}, and there are {', '.join(RECIPES)}")
     recipe = recipe or RECIPES[dataset.recipe]
     if not dataset.mirrors: recipe = _unmirrored(recipe)
-    if init is not None: recipe = replace(recipe, network=init.info.network)
+    if init is not None: recipe = replace(recipe, network=init.info.network, half_depth=0) # as `Trainer` has it
     recipe = change(recipe, settings)
     if init is not None and recipe.network != init.info.network:
         raise ValueError(f"the weights to begin with are those of a {init.info.network}, "

@@ -454,6 +454,7 @@ class Trainer:
                  save_every:float=60., # Seconds between checkpoints within a stage
                  callback=None, # Called with the `History` after each stage and each checkpoint, e.g. to draw it
                  init:Classifier|None=None): # Trained weights to begin with; None: the recipe's seed decides them
+        if init is not None: recipe = replace(recipe, half_depth=0) # what is trained already has a use for all of it
         self.recipe,self.train,self.test = recipe,train,test
         self.n_workers,self.save_every,self.callback = n_workers,save_every,callback
         self.rank,self.world = rank_and_world()
