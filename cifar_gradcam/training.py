@@ -37,6 +37,7 @@ from .processes import from_first, largest, process_group, rank_and_world, summe
 from .resuming import Signals, Stopped, check_identity, last_good, run_identity
 from .small_maps import SmallMapsAsProducts
 from .transforms import augmentation, channel_stats, train_transforms
+from .winograd import WinogradConvolutions
 
 _all_ = ['Stopped', 'evaluate', 'pick_device', 'predict', 'process_group', 'rank_and_world']
 
@@ -529,7 +530,7 @@ def forward(self:Trainer,
            )->torch.Tensor: # Logits, float32 (B, n_classes)
     "What the network says, in this run's number format"
     half = torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-    with SmallMapsAsProducts(), half, left_out(self.net, self.absent): logits = self.parallel(x)
+    with SmallMapsAsProducts(), WinogradConvolutions(), half, left_out(self.net, self.absent): logits = self.parallel(x)
     return logits.float()
 
 # %% ../nbs/03_training.ipynb #62c3bb33
