@@ -89,18 +89,12 @@ def is_plain(x:torch.Tensor, # (N, C, H, W)
     fits = x.ndim == 4 and x.shape[1] == weight.shape[1] # or torch says what is wrong
     return x.device.type == 'cpu' and in_32_bits and plain and even and fits
 
-
 # %% ../nbs/02d_small_maps.ipynb #02d00014
-def is_quicker(x:torch.Tensor, # (N, C, H, W)
-               weight:torch.Tensor, # (filters, C, height, width)
-               bias, # None, or a tensor
-               stride:tuple, # Two numbers, as all that follow
-               padding, # Or a text
-               dilation:tuple,
-               groups:int, # As `nn.Conv2d` hands them on
+def is_quicker(*convolution # x, weight, bias, stride, padding, dilation and groups, as `is_plain` takes them
               )->bool:
     "Is this convolution one of those that are quicker as a product?"
-    if not is_plain(x, weight, bias, stride, padding, dilation, groups): return False
+    if not is_plain(*convolution): return False
+    x,weight,_,stride,padding,*_ = convolution
     h,w = ((n + 2*padding[0] - weight.shape[2])//stride[0] + 1 for n in x.shape[2:])
     return weight.numel() > 1_000_000 and min(h, w) > 0 and h*w <= 16
 

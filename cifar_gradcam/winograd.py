@@ -230,16 +230,11 @@ def convolve(x:torch.Tensor, # (N, C, H, W)
     return _Winograd.apply(x, weight)
 
 # %% ../nbs/02da_winograd.ipynb #02da002c
-def is_quicker(x:torch.Tensor, # (N, C, H, W)
-               weight:torch.Tensor, # (filters, C, height, width)
-               bias, # None, or a tensor
-               stride:tuple, # Two numbers, as all that follow
-               padding, # Or a text
-               dilation:tuple,
-               groups:int, # As `nn.Conv2d` hands them on
+def is_quicker(*convolution # x, weight, bias, stride, padding, dilation and groups, as `is_plain` takes them
               )->bool:
     "Is this convolution one of those that are quicker in Winograd's way?"
-    if not is_plain(x, weight, bias, stride, padding, dilation, groups): return False
+    if not is_plain(*convolution): return False
+    x,weight,_,stride,padding,*_ = convolution
     channels = min(weight.shape[:2])
     fits = weight.shape[2] == 3 and stride[0] == padding[0] == 1 and channels >= 64 and min(x.shape) > 0
     if not fits: return False
