@@ -267,7 +267,7 @@ def pflop(self:Recipe,
 RECIPES = {r.name: r for r in (
     Recipe('seed', sizes=(32,)*15, lr=.01, schedule='constant', nesterov=False, weight_decay=1e-5, decay_norm=True,
            augmentations=('HorizontalFlip',), images=50_000),
-    Recipe('fast', sizes=(16,24,32), epochs=(2,.7,.5), lr=.16, muon_lr=.16, bias_lr=16., batch_size=256,
+    Recipe('fast', sizes=(16,24,32), epochs=(2,.7,.5), lr=.125, muon_lr=.125, bias_lr=16., batch_size=256,
            label_smoothing=.1, half_depth=1, images=50_000),
     Recipe('strong', sizes=(16,24,32,32), epochs=(3.5,5,2,1.25), lr=.1, muon_lr=.08, bias_lr=16., batch_size=256,
            label_smoothing=.1, images=50_000),
