@@ -12,7 +12,7 @@ from . import __version__
 
 # %% ../nbs/06_cli.ipynb #0c36ed4f
 DATASET_NAMES = ('cifar10','shapes','cifar100','svhn','fashionmnist') # the keys of `data.DATASETS`
-RECIPE_NAMES = ('seed','fast','strong','full','shapes','onecycle','finetune') # the keys of `training.RECIPES`
+RECIPE_NAMES = ('seed','fast','strong','evening','full','shapes','onecycle','finetune') # the keys of `training.RECIPES`
 METHOD_NAMES = ( # the keys of `methods.METHODS`
     'GradCAM','GradCAMPlusPlus','XGradCAM','HiResCAM','LayerCAM','CAM','ScoreCAM','AblationCAM','EigenCAM',
     'EigenGradCAM','SmoothGradCAMPlusPlus','GuidedGradCAM','FinerCAM','GradCAMElementWise','ShapleyCAM','SSCAM',

@@ -271,6 +271,8 @@ RECIPES = {r.name: r for r in (
            label_smoothing=.1, half_depth=1, images=50_000),
     Recipe('strong', sizes=(16,24,32,32), epochs=(3.5,5,2,1.25), lr=.1, muon_lr=.08, bias_lr=16., batch_size=256,
            label_smoothing=.1, images=50_000),
+    Recipe('evening', sizes=(16,24,24,32,32), epochs=(4,10,10,6,6.5), lr=.08, muon_lr=.06, bias_lr=16., batch_size=256,
+           label_smoothing=.1, augmentations=('HorizontalFlip','RandomCrop4','CoarseDropout'), images=50_000),
     Recipe('full', sizes=(24,)*16+(32,)*64, lr=.1, muon_lr=.05, bias_lr=16., batch_size=256, label_smoothing=.1,
            ema=.998, augmentations=('HorizontalFlip','RandomCrop','CoarseDropout'), images=50_000),
     Recipe('shapes', sizes=(16,24,32), epochs=(.85,.3,.13), lr=.03, muon_lr=.2, bias_lr=4., batch_size=64,

@@ -42,12 +42,16 @@ def _length(at_32, side): # in whole pixels, on an image of this side, of what i
 def _blurred_over(side): # how many pixels in a row, an odd number, in Albumentations' form: a range
     return (2*_length(1, side)+1,)*2
 
+# %% ../nbs/01_transforms.ipynb #1d2e5d1d
+def _shift(by, side, p): # up to so many pixels; the border is mirrored, so that no black edge tells where the image was
+    return A.Sequential([A.Pad(by, border_mode=cv2.BORDER_REFLECT_101, p=1), A.RandomCrop(side, side, p=1)], p=p)
+
 # %% ../nbs/01_transforms.ipynb #8f7f5e6e
 AUGMENTATIONS = {
     'HorizontalFlip': lambda p=.5, side=32: A.HorizontalFlip(p=p),
-    # shift by up to a sixteenth; the border is mirrored, so that no black edge tells where the image was
-    'RandomCrop': lambda p=1., side=32: A.Sequential([A.Pad(_length(2, side), border_mode=cv2.BORDER_REFLECT_101, p=1),
-                                                      A.RandomCrop(side, side, p=1)], p=p),
+    # by up to a sixteenth
+    'RandomCrop': lambda p=1., side=32: _shift(_length(2, side), side, p),
+    'RandomCrop4': lambda p=1., side=32: _shift(_length(4, side), side, p), # twice as far
     # Cutout: hide a square, a quarter as wide as the image, under the mean colour
     'CoarseDropout': lambda p=.5, side=32: A.CoarseDropout(num_holes_range=(1,1),
                                                            hole_height_range=(_length(8, side),)*2,
@@ -139,4 +143,6 @@ def gallery(image:np.ndarray, # uint8 (side, side, 3)
     def change(new): return np.abs(new.astype(int)-image).mean()
     most = (max(tries(k, augmentation(name, 1, len(image))), key=change) for k,name in enumerate(names))
     pictures = [image, *most]
-    return show_images(pictures, titles=['original', *names], ncols=6, cell=1.35, suptitle=suptitle)
+    n_rows = -(-len(pictures)//6)
+    n_cols = -(-len(pictures)//n_rows) # as few as that many rows need, so that the last one is nearly as long
+    return show_images(pictures, titles=['original', *names], ncols=n_cols, cell=1.35, suptitle=suptitle)
