@@ -49,7 +49,7 @@ def _shift(by, side, p): # up to so many pixels; the border is mirrored, so that
 # %% ../nbs/01_transforms.ipynb #8f7f5e6e
 AUGMENTATIONS = {
     'HorizontalFlip': lambda p=.5, side=32: A.HorizontalFlip(p=p),
-    # by up to a sixteenth
+    # a shift by up to a sixteenth of the side
     'RandomCrop': lambda p=1., side=32: _shift(_length(2, side), side, p),
     'RandomCrop4': lambda p=1., side=32: _shift(_length(4, side), side, p), # twice as far
     # Cutout: hide a square, a quarter as wide as the image, under the mean colour
